@@ -1,0 +1,272 @@
+"""The public verbs: `attribute`, `trace`, `verify`, `report`. The command line calls these and nothing below them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rootward.capture.inputs import MethodInputs, plain_pass_seconds
+from rootward.capture.run import run_pass
+from rootward.capture.sinks import Losses
+from rootward.capture.store import GradientStore
+from rootward.core import registry
+from rootward.core.progress import Progress, silent
+from rootward.core.records import Cost, Interval, MethodResult, TokenScores, Trace, Verdict, write_model
+from rootward.core.runfolder import RunFolder
+from rootward.core.scores import Scores
+from rootward.subject.behaviour import Behaviour
+from rootward.subject.subject import Subject
+from rootward.verification.stats import auroc, precision_at, spearman
+
+BASELINES = ("bm25", "representation_cosine", "document_length", "random")
+"""Beside every attribution, whatever was asked for."""
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def attribute(
+    subject: Subject,
+    behaviour: Behaviour,
+    method: str = "gradient_dot",
+    *,
+    options: Mapping[str, Any] | None = None,
+    index: str | Path | GradientStore | None = None,
+    token_budget: int | None = None,
+    progress: Progress = silent,
+    inputs: MethodInputs | None = None,
+) -> Scores:
+    """What each training document does to a behaviour.
+
+    Args:
+        subject: the model and its documents.
+        behaviour: what is asked about.
+        method: a key, alias or preset from `rootward methods`.
+        options: the method's options; unknown ones are errors.
+        index: a gradient store (or its folder) that methods with ``source = "index"`` read.
+        token_budget: padded tokens per batch; None measures what fits.
+
+    Returns:
+        Scores ``[q, n]``: positive = training more on the document raises the measurement.
+
+    Raises:
+        InputError: unknown method or option. ArtefactError: the index is of another model, data or settings.
+    """
+    chosen, preset = registry.get(method)
+    config = chosen.configure({**preset, **(options or {})})
+    if inputs is None:
+        store = GradientStore(index) if isinstance(index, str | Path) else index
+        inputs = MethodInputs(subject, behaviour, token_budget, store, progress)
+    start = time.perf_counter()
+    scores: Scores = chosen.run(inputs, config)
+    cost = Cost(seconds=time.perf_counter() - start, peak_memory_mb=peak_memory_mb())
+    return Scores(**{**scores.__dict__, "cost": cost})
+
+
+def trace(
+    subject: Subject,
+    behaviour: Behaviour,
+    run: RunFolder,
+    *,
+    methods: Sequence[str] = ("gradient_dot", "gradient_cosine"),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    index: str | Path | None = None,
+    token_budget: int | None = None,
+    planted: tuple[str, Any] | None = None,
+    token_documents: int = 40,
+    measure_plain: bool = True,
+    progress: Progress = silent,
+) -> tuple[Trace, dict[str, Scores]]:
+    """Attribute a behaviour by several methods, with the baselines beside them, into a run folder.
+
+    Args:
+        methods: names from `rootward methods`; the first is the main one.
+        options: method name -> its options.
+        planted: (metadata field, value) of the documents known to cause the behaviour, where that is known.
+        token_documents: how many documents at each end of the main ranking get token scores.
+        measure_plain: time one plain forward+backward pass, so that costs can be given as a ratio to it.
+
+    Returns:
+        The trace as written, and the scores by the name that each method was asked for under.
+    """
+    store = GradientStore(index) if index is not None else None
+    inputs = MethodInputs(subject, behaviour, token_budget, store, progress)
+    names = [*dict.fromkeys([*methods, *(b for b in BASELINES if not (b != "bm25" and behaviour.kind == "scalar"))])]
+    if behaviour.kind == "scalar":
+        names = [n for n in names if n not in ("bm25", "representation_cosine")]
+    resolved = {name: registry.get(name) for name in names}
+    configs = {n: m.configure({**preset, **(options or {}).get(n, {})}) for n, (m, preset) in resolved.items()}
+    needs_gradients = any("gradients" in m.card.needs for m, _ in resolved.values())
+    coverage = inputs.coverage(gradients=needs_gradients)
+    plain = None
+    if measure_plain and needs_gradients:
+        plain = plain_pass_seconds(subject, inputs.tracked, token_budget or 4096)
+        run.timing("plain_pass", plain)
+    scores: dict[str, Scores] = {}
+    for name in names:
+        scores[name] = attribute(subject, behaviour, name, options=(options or {}).get(name), inputs=inputs)
+        run.timing(name, scores[name].cost.seconds)
+        for note in scores[name].notes:
+            run.warn(f"{name}: {note}")
+    main = names[0]
+    write_documents(subject, run, inputs)
+    run.write_scores(list(_score_parts(scores)))
+    truth = _truth(subject, planted)
+    results = [_method_result(n, resolved[n][0], scores[n], scores[main], truth, plain) for n in names]
+    results = _against_baselines(results)
+    record = Trace(
+        behaviour=behaviour.name,
+        description=behaviour.description,
+        measurement=measurement_text(behaviour),
+        unit=behaviour.unit,
+        goal=behaviour.goal,
+        main_method=main,
+        methods=results,
+        queries=behaviour.records(behaviour.evaluate(subject.model, subject.objective)),
+        tokens=_token_scores(inputs, resolved[main][0], configs[main], scores[main], token_documents),
+        planted_field=f"{planted[0]}={planted[1]}" if planted else None,
+    )
+    write_model(run.path / "trace.json", record)
+    run.update(coverage=coverage)
+    return record, scores
+
+
+def measurement_text(behaviour: Behaviour) -> str:
+    """The measurement in words."""
+    return {
+        "contrast": "log-probability of the wanted answer less that of the unwanted one",
+        "loss": "loss of the answer",
+        "scalar": "a function of the model",
+    }[behaviour.kind]
+
+
+def write_documents(subject: Subject, run: RunFolder, inputs: MethodInputs) -> None:
+    """``documents.parquet``: every document that was used, with its loss under the subject."""
+    sink = Losses(len(subject.encoded))
+    run_pass(
+        subject.model,
+        subject.objective,
+        subject.encoded,
+        [sink],
+        token_budget=inputs.token_budget,
+        progress=inputs.progress,
+        task="losses",
+    )
+    rows: list[dict[str, Any]] = []
+    for n, example in enumerate(subject.encoded):
+        document = subject.documents[example.row]
+        rows.append(
+            {
+                "row": example.row,
+                "id": example.id,
+                "text": document.text,
+                "response": document.response,
+                "source": document.source,
+                "tokens": example.length,
+                "trained": example.targets,
+                "truncated": example.truncated,
+                "loss": float(sink.losses[n]),
+                "meta": json.dumps(document.meta, ensure_ascii=False, default=str),
+            }
+        )
+    run.write_documents(rows)
+
+
+def _score_parts(scores: Mapping[str, Scores]) -> list[tuple[str, int, Sequence[str], Any]]:
+    parts: list[tuple[str, int, Sequence[str], Any]] = []
+    for name, found in scores.items():
+        parts.append((name, -1, found.document_ids, found.mean))
+        if len(found.queries) > 1:
+            parts += [(name, q, found.document_ids, row) for q, row in enumerate(found.values)]
+    return parts
+
+
+def _truth(subject: Subject, planted: tuple[str, Any] | None) -> np.ndarray | None:
+    if planted is None:
+        return None
+    key, value = planted
+    return np.array([subject.documents[e.row].meta.get(key) == value for e in subject.encoded])
+
+
+def _method_result(
+    name: str, method: registry.Method, scores: Scores, main: Scores, truth: np.ndarray | None, plain: float | None
+) -> MethodResult:
+    card = method.card
+    found: Interval | None = None
+    precision = None
+    if truth is not None and 0 < truth.sum() < len(truth):
+        found = auroc(scores.mean, truth)
+        precision = precision_at(scores.mean, truth, int(truth.sum()))
+    cost = scores.cost
+    if plain is not None and "gradients" in card.needs:
+        cost = cost.model_copy(update={"ratio": cost.seconds / plain})
+    constant = bool(np.ptp(scores.mean) == 0) or bool(np.ptp(main.mean) == 0)
+    label = card.label if name in (card.key, *card.aliases) else f"{card.label}: {name}"
+    return MethodResult(
+        method=name,
+        label=label,
+        unit=scores.unit,
+        baseline=card.baseline,
+        cost=cost,
+        spearman_with_main=None if constant else spearman(scores.mean, main.mean),
+        auroc=found,
+        precision_at_planted=precision,
+        notes=list(scores.notes),
+    )
+
+
+def _against_baselines(results: list[MethodResult]) -> list[MethodResult]:
+    """Say of every method whether its AUROC interval lies above the best baseline's value."""
+    baselines = [r.auroc.value for r in results if r.baseline and r.auroc is not None]
+    if not baselines:
+        return results
+    best = max(baselines)
+    return [
+        r if r.baseline or r.auroc is None else r.model_copy(update={"beats_baselines": bool(r.auroc.low > best)})
+        for r in results
+    ]
+
+
+def _token_scores(
+    inputs: MethodInputs, method: registry.Method, config: Any, scores: Scores, count: int
+) -> list[TokenScores]:
+    if method.tokens is None or count < 1:
+        return []
+    order = scores.order()
+    positions = [int(n) for n in dict.fromkeys([*order[:count], *order[::-1][:count]])]
+    found = method.tokens(inputs, config, positions)
+    encoded, objective = inputs.subject.encoded, inputs.subject.objective
+    return [
+        TokenScores(
+            id=encoded[n].id,
+            query=-1,
+            tokens=objective.tokens(encoded[n]),
+            scores=[float(v) for v in found[n]],
+            trained=[bool(v) for v in encoded[n].trained],
+        )
+        for n in positions
+    ]
+
+
+def verify(subject: Subject, scores: Scores | Mapping[str, Scores], intervention: Any, **options: Any) -> Verdict:
+    """Make the change, retrain, measure, with controls of equal size: see `rootward.verification.removal.verify`."""
+    from rootward.verification.removal import verify as run
+
+    return run(subject, scores, intervention, **options)
+
+
+def report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """One HTML file from a run folder; opens with the network off."""
+    from rootward.report import build
+
+    return build(Path(folder), Path(out) if out is not None else None)

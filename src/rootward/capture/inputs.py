@@ -1,0 +1,179 @@
+"""What an attribution method is given, and the few passes that most of them share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rootward.capture.run import probe, run_pass
+from rootward.capture.sinks import WeightedSum
+from rootward.capture.sites import Tracked, track
+from rootward.capture.store import GradientStore
+from rootward.core.errors import InputError
+from rootward.core.layout import ParamLayout
+from rootward.core.progress import Progress, silent
+from rootward.core.records import Coverage
+from rootward.subject.behaviour import Behaviour
+from rootward.subject.subject import Subject
+
+
+@dataclass
+class MethodInputs:
+    """A subject, what is asked about, and how to run; ``store`` is an index to read instead of a pass."""
+
+    subject: Subject
+    behaviour: Behaviour
+    token_budget: int | None = None
+    store: GradientStore | None = None
+    progress: Progress = silent
+
+    @cached_property
+    def tracked(self) -> Tracked:
+        """The parameters to attribute, measured on a small batch."""
+        return tracked_of(self.subject)
+
+    @property
+    def query_names(self) -> tuple[str, ...]:
+        """Names of the behaviour's queries."""
+        return tuple(q.name for q in self.behaviour.queries)
+
+    def coverage(self, *, gradients: bool) -> Coverage:
+        """What was seen of the model (where gradients are used) and of the documents."""
+        return coverage_of(self.subject, self.tracked if gradients else None)
+
+    def query_gradients(self, layout: ParamLayout, *, mean: bool) -> dict[str, Tensor]:
+        """Gradients of the measurement ``[q, *shape]`` for every parameter; ``mean``: of its mean over queries, q = 1.
+
+        Raises:
+            InputError: they would not fit in memory one by one; the message says what would.
+        """
+        count = len(self.behaviour)
+        need = (1 if mean else count) * layout.size * 4
+        if not mean and need > 0.5 * _free_memory(self.subject.device):
+            raise InputError(
+                f"the gradients of {count} queries need {need / 1e9:.1f} GB; set queries = 'mean', or attribute fewer "
+                "parameters with `parameters`"
+            )
+        if self.behaviour.kind == "scalar":
+            return self._scalar_gradients(layout, mean=mean)
+        parts = self.behaviour.parts(self.subject.objective)
+        weights = torch.zeros(len(parts), 1 if mean else count)
+        for n, part in enumerate(parts):
+            weights[n, 0 if mean else part.query] = part.weight / (count if mean else 1)
+        dtype = next(self.subject.model.parameters()).dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        sink = WeightedSum(layout, weights.to(wide), wide)
+        run_pass(
+            self.subject.model,
+            self.subject.objective,
+            [part.example for part in parts],
+            [sink],
+            tracked=self.tracked,
+            token_budget=self.token_budget,
+            progress=self.progress,
+            task="queries",
+        )
+        return sink.result()
+
+    def _scalar_gradients(self, layout: ParamLayout, *, mean: bool) -> dict[str, Tensor]:
+        """Autograd of a function of the model, one backward pass per value (one in all for the mean)."""
+        model, function = self.subject.model, self.behaviour.function
+        assert function is not None
+        named = dict(model.named_parameters())
+        flags = {name: p.requires_grad for name, p in named.items()}
+        try:
+            for name, p in named.items():
+                p.requires_grad_(name in layout.sizes)
+            values = function(model).flatten()
+            if not bool(torch.isfinite(values.detach()).all()):
+                raise InputError(f"behaviour {self.behaviour.name!r}: expected finite values, got {values.detach().tolist()[:4]}")
+            targets = [values.mean()] if mean else list(values)
+            wanted = [named[name] for name in layout.names]
+            rows = [
+                torch.autograd.grad(value, wanted, retain_graph=q + 1 < len(targets), allow_unused=True)
+                for q, value in enumerate(targets)
+            ]
+        finally:
+            for name, p in named.items():
+                p.requires_grad_(flags[name])
+        return {
+            name: torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in rows])
+            for k, (name, p) in enumerate(zip(layout.names, wanted, strict=True))
+        }
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def tracked_of(subject: Subject) -> Tracked:
+    """The parameters of a subject that are attributed; modules that turn out to have no per-document gradient are left out."""
+    return probe(subject.model, subject.objective, subject.encoded, track(subject.model, subject.parameters))
+
+
+def coverage_of(subject: Subject, tracked: Tracked | None) -> Coverage:
+    """Shares of parameters, documents and tokens that a method sees; uncovered parameters summed up by module kind."""
+    encoded = subject.encoded
+    total = sum(p.numel() for p in subject.model.parameters())
+    uncovered: dict[str, int] = {}
+    for name, size in (tracked.uncovered if tracked is not None else {}).items():
+        kind = _kind(name)
+        uncovered[kind] = uncovered.get(kind, 0) + size
+    return Coverage(
+        parameters=total,
+        covered=tracked.covered if tracked is not None else 0,
+        uncovered=uncovered,
+        documents=len(subject.documents),
+        used=len(encoded),
+        dropped={**subject.documents.skipped, **encoded.dropped},
+        truncated=encoded.truncated,
+        duplicates=subject.documents.duplicates,
+        tokens=encoded.tokens,
+        trained_tokens=encoded.trained_tokens,
+    )
+
+
+def _kind(name: str) -> str:
+    """A parameter's name without the layer number, so that equal parameters of all layers are one line."""
+    return ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
+
+
+def plain_pass_seconds(subject: Subject, tracked: Tracked, token_budget: int, sample: int = 64) -> float:
+    """Seconds of one plain forward+backward pass (B1) over the subject's documents, from a sample spread over lengths.
+
+    B1 is what training pays: the same batches, gradients of the attributed weights. It is timed on ``sample`` documents
+    (the second of two runs) and scaled by tokens.
+    """
+    from rootward.capture.batching import batches
+
+    encoded = subject.encoded
+    order = np.argsort([e.length for e in encoded], kind="stable")
+    chosen = [encoded[int(n)] for n in order[np.linspace(0, len(order) - 1, min(sample, len(order))).astype(int)]]
+    named = dict(subject.model.named_parameters())
+    flags = {name: p.requires_grad for name, p in named.items()}
+    seconds = 0.0
+    try:
+        for name, p in named.items():
+            p.requires_grad_(name in tracked.layout.sizes)
+        wanted = [named[name] for name in tracked.layout.names]
+        for _ in range(2):
+            start = time.perf_counter()
+            for positions in batches(chosen, token_budget):
+                batch = subject.objective.collate([chosen[n] for n in positions], subject.device)
+                torch.autograd.grad(subject.objective.losses(subject.model, batch).sum(), wanted, allow_unused=True)
+            seconds = time.perf_counter() - start
+    finally:
+        for name, p in named.items():
+            p.requires_grad_(flags[name])
+    return seconds * encoded.tokens / max(sum(e.length for e in chosen), 1)
+
+

@@ -1,0 +1,128 @@
+"""Kronecker random projection: a gradient matrix ``G[rows, cols]`` becomes ``P^T G R`` with ``k x k`` entries.
+
+Both sides are Gaussian with variance 1/k, so inner products are unbiased whatever the module's shape:
+``E <P^T G R, P^T H R> = <G, H>`` (LoGra, Choe et al. 2024, arXiv:2405.13954, with random rather than PCA sides). A
+document's gradient is never formed: ``sum_t (left_t P)^T (right_t R)``. A side no wider than ``k`` is kept as it is, a
+vector no wider than ``k * k`` too; rank None keeps everything (small models). The random sides depend on the
+parameter's name and the seed alone, not on order or on what else is projected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rootward.core.block import Factor, LookupFactor, MatrixFactor, VectorFactor
+from rootward.core.errors import InputError
+from rootward.core.hashing import digest
+from rootward.core.layout import ParamLayout
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Maps gradients of a layout to rows of ``width`` entries; ``rank`` None is the identity."""
+
+    layout: ParamLayout
+    rank: int | None = 16
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"projection rank: expected at least 1, or none, got {self.rank}")
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the columns; part of an index's fingerprint."""
+        return {
+            "kind": "none" if self.rank is None else "kronecker",
+            "rank": self.rank,
+            "seed": self.seed,
+            "layout": self.layout.hash,
+        }
+
+    @cached_property
+    def _sides(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        return {name: self._side_pair(name) for name in self.layout.names}
+
+    def _flat(self, name: str) -> tuple[int, int]:
+        shape = self.layout.shape(name)
+        return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
+
+    def _side_pair(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        if self.rank is None:
+            return None, None
+        rows, cols = self._flat(name)
+        if len(self.layout.shape(name)) == 1:
+            return None, self._gaussian(name, "vector", cols, self.rank * self.rank)
+        return self._gaussian(name, "left", rows, self.rank), self._gaussian(name, "right", cols, self.rank)
+
+    def _gaussian(self, name: str, side: str, width: int, rank: int) -> Tensor | None:
+        if width <= rank:
+            return None
+        generator = torch.Generator().manual_seed(int(digest(f"{self.seed}|{name}|{side}")[:15], 16))
+        return (torch.randn(width, rank, generator=generator, dtype=torch.float32) / math.sqrt(rank)).to(self.device)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Projected shape of each parameter."""
+        result: dict[str, tuple[int, int]] = {}
+        for name in self.layout.names:
+            rows, cols = self._flat(name)
+            left, right = self._sides[name]
+            result[name] = (
+                rows if left is None else left.shape[1],
+                cols if right is None else right.shape[1],
+            )
+        return result
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Columns of each parameter in a projected row."""
+        result: dict[str, slice] = {}
+        start = 0
+        for name, (rows, cols) in self.shapes.items():
+            result[name] = slice(start, start + rows * cols)
+            start += rows * cols
+        return result
+
+    @property
+    def width(self) -> int:
+        """Entries of a projected row."""
+        return sum(rows * cols for rows, cols in self.shapes.values())
+
+    def project(self, name: str, factor: Factor) -> Tensor:
+        """Projected per-document gradient ``[n, rows * cols]`` of one factor, never forming the gradient itself."""
+        left, right = self._sides[name]
+        if isinstance(factor, VectorFactor):
+            total = factor.rows.sum(1)
+            return total if right is None else total @ right.to(total.dtype)
+        if isinstance(factor, LookupFactor):
+            if left is None:
+                dense = factor.gradient()
+                return (dense if right is None else dense @ right.to(dense.dtype)).flatten(1)
+            rows = left[factor.ids].to(factor.right.dtype)
+        else:
+            rows = factor.left if left is None else factor.left @ left.to(factor.left.dtype)
+        cols = factor.right if right is None else factor.right @ right.to(factor.right.dtype)
+        return torch.bmm(rows.transpose(1, 2), cols).flatten(1)
+
+    def project_one(self, name: str, gradients: Tensor) -> Tensor:
+        """Project dense gradients ``[q, *shape]`` of one parameter to ``[q, rows * cols]``."""
+        left, right = self._sides[name]
+        rows, cols = self._flat(name)
+        value = gradients.reshape(-1, rows, cols)
+        if left is not None:
+            value = left.to(value.dtype).T @ value
+        if right is not None:
+            value = value @ right.to(value.dtype)
+        return value.flatten(1)
+
+    def project_dense(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Project dense gradients ``[q, *shape]`` of every parameter to rows ``[q, width]``."""
+        return torch.cat([self.project_one(name, gradients[name]) for name in self.layout.names], 1)

@@ -1,0 +1,123 @@
+"""Hooks on the attributed modules: inputs are kept in the forward pass, output gradients become factors in the backward."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rootward.capture.sites import Site, Tracked
+from rootward.core.block import Factor, LookupFactor, MatrixFactor, VectorFactor
+from rootward.core.errors import ArtefactError, RootwardError
+from rootward.subject.encode import Batch
+
+
+class _Root(torch.autograd.Function):
+    """Starts the graph at a module's output without making it a leaf, so that in-place operations may follow."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0].new_zeros(())
+
+
+class Recorder:
+    """Keeps inputs, turns output gradients into factors and delivers a parameter's factors when it has them all.
+
+    Args:
+        tracked: the modules to hook.
+        deliver: called once per parameter and batch.
+        refused: where given, collects parameters of modules without a per-document gradient instead of raising.
+    """
+
+    def __init__(
+        self, tracked: Tracked, deliver: Callable[[str, list[Factor]], None], refused: set[str] | None = None
+    ) -> None:
+        self.sites = tracked.sites
+        self.deliver = deliver
+        self.refused = refused
+        self.calls: dict[str, int] = defaultdict(int)
+        self.found: dict[str, list[Factor]] = defaultdict(list)
+        self.documents = self.positions = 0
+        self.unpack: Tensor | None = None
+
+    def start(self, batch: Batch) -> None:
+        """Forget the batch before and learn the shape of this one."""
+        self.unpack = batch.unpack
+        shape = batch.mask.shape if self.unpack is None else next(iter(batch.inputs.values())).shape
+        self.documents, self.positions = int(shape[0]), int(shape[1])
+        self.calls.clear()
+        self.found.clear()
+
+    def attach(self) -> list[Any]:
+        """Register the hooks; the handles remove them."""
+        return [s.module.register_forward_hook(self._hook(s), with_kwargs=True) for s in self.sites]
+
+    def _hook(self, site: Site) -> Callable[..., Tensor | None]:
+        def forward(
+            module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Tensor
+        ) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None  # a part of the model that the loss does not flow through
+            try:
+                value = inputs[0] if inputs else next(iter(named.values()))
+                kept = site.keep(value, self.documents, self.positions)
+            except RootwardError as error:
+                if self.refused is not None:
+                    self.refused.update(site.params.values())
+                    return None
+                raise type(error)(
+                    f"module {site.name} ({type(module).__name__}): {error}; leave it out with `parameters`"
+                ) from error
+            if output.shape[0] == 1 and self.documents > 1:
+                # position embeddings are computed once and added to every document: give each its own copy
+                output = output.expand(self.documents, *output.shape[1:])
+            if not output.requires_grad:
+                anchor = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
+                output = _Root.apply(output, anchor)  # type: ignore[assignment]
+            for name in site.params.values():
+                self.calls[name] += 1
+            output.register_hook(lambda gradient: self._receive(site, kept, gradient))
+            return output
+
+        return forward
+
+    def _receive(self, site: Site, kept: Tensor, gradient: Tensor) -> None:
+        for name, factor in site.factors(kept, gradient, self.positions):
+            self.found[name].append(unpacked(factor, self.unpack) if self.unpack is not None else factor)
+            if len(self.found[name]) == self.calls[name]:
+                self.deliver(name, self.found.pop(name))
+
+    def finish(self) -> None:
+        """Deliver what is still incomplete: one of a parameter's uses was not part of the loss."""
+        for name in list(self.found):
+            self.deliver(name, self.found.pop(name))
+
+    def clear(self) -> None:
+        """Let go of the last batch, also after an error in the middle of it."""
+        self.calls.clear()
+        self.found.clear()
+
+
+def pick(x: Tensor, unpack: Tensor) -> Tensor:
+    """Packed rows ``[rows, T, ...]`` to documents ``[n, t, ...]``; positions of no document become zero."""
+    if x.shape[1] * x.shape[0] <= int(unpack.max()):
+        raise ArtefactError(f"expected one value per token of packed rows, got shape {tuple(x.shape)}")
+    picked = x.flatten(0, 1)[unpack.clamp(min=0)]
+    real = (unpack >= 0).view(*unpack.shape, *[1] * (picked.dim() - 2))
+    return torch.where(real, picked, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def unpacked(factor: Factor, unpack: Tensor) -> Factor:
+    """A factor of packed rows as one of documents."""
+    if isinstance(factor, MatrixFactor):
+        return MatrixFactor(pick(factor.left, unpack), pick(factor.right, unpack), factor.transposed)
+    if isinstance(factor, LookupFactor):
+        return LookupFactor(pick(factor.ids, unpack), pick(factor.right, unpack), factor.vocabulary)
+    return VectorFactor(pick(factor.rows, unpack))

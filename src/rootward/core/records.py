@@ -1,0 +1,281 @@
+"""What a run leaves on disk and what the page reads: typed, versioned, and free of torch.
+
+A run folder holds
+
+    run.toml            the resolved config; ``rootward run.toml`` style replay needs nothing else
+    record.json         `RunRecord`
+    documents.parquet   one row per document (`DOCUMENT_COLUMNS`)
+    scores.parquet      one row per query, method and document (`SCORE_COLUMNS`)
+    trace.json          `Trace`: behaviour, methods, baselines, token scores of the documents at the top and bottom
+    verdict.json        `Verdict`: what happened when the documents were taken out
+    report.html         the page
+
+Files are written to a temporary name and renamed, so a file that exists is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rootward.core.errors import ArtefactError, StorageError
+
+SCHEMA_VERSION = 1
+
+DOCUMENT_COLUMNS = (
+    "row",
+    "id",
+    "text",
+    "response",
+    "source",
+    "tokens",
+    "trained",
+    "truncated",
+    "loss",
+    "meta",
+)
+"""``row`` is for display only; results are joined by ``id``. ``meta`` is JSON text."""
+SCORE_COLUMNS = ("method", "query", "id", "score")
+"""``score`` is positive where training more on the document raises the measurement; ``query`` -1 is the mean over queries."""
+
+
+class Model(BaseModel):
+    """Frozen; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Interval(Model):
+    """A mean with its 95 % interval over ``n`` repetitions (seeds or queries)."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Cost(Model):
+    """What a result cost; ``ratio`` is to one plain forward+backward pass over the same documents, if it was measured."""
+
+    seconds: float
+    peak_memory_mb: float | None = None
+    disk_mb: float = 0.0
+    ratio: float | None = None
+
+
+class Coverage(Model):
+    """What the method saw of the model and of the data; what it did not see is named."""
+
+    parameters: int
+    covered: int
+    uncovered: dict[str, int] = Field(default_factory=dict[str, int])
+    documents: int
+    used: int
+    dropped: dict[str, int] = Field(default_factory=dict[str, int])
+    truncated: int = 0
+    duplicates: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+
+class TokenScores(Model):
+    """One document's tokens and how much each adds to the document's score (they sum to it)."""
+
+    id: str
+    query: int
+    tokens: list[str]
+    scores: list[float]
+    trained: list[bool]
+
+
+class MethodResult(Model):
+    """One method's answer to the behaviour, with the agreement with the planted truth where that is known."""
+
+    method: str
+    label: str
+    unit: str
+    baseline: bool
+    cost: Cost
+    spearman_with_main: float | None = None
+    auroc: Interval | None = None
+    precision_at_planted: float | None = None
+    beats_baselines: bool | None = None
+    notes: list[str] = Field(default_factory=list[str])
+
+
+class Query(Model):
+    """One thing asked about, as text: a prompt with the answer wanted and, for a contrast, the unwanted one."""
+
+    name: str
+    prompt: str
+    wanted: str
+    unwanted: str | None = None
+    value: float | None = None
+
+
+class Trace(Model):
+    """A behaviour, the methods that traced it, and what a page shows of them."""
+
+    schema_version: int = SCHEMA_VERSION
+    behaviour: str
+    description: str = ""
+    measurement: str
+    unit: str
+    goal: Literal["raise", "lower"]
+    main_method: str
+    methods: list[MethodResult]
+    queries: list[Query]
+    tokens: list[TokenScores] = Field(default_factory=list[TokenScores])
+    planted_field: str | None = None
+
+
+class Arm(Model):
+    """One set of retrainings: which documents were taken out (or kept), and the behaviour afterwards.
+
+    ``values`` are the behaviour's mean for each seed, ``predicted`` was written before any of them was trained.
+    """
+
+    name: str
+    label: str
+    kind: Literal["full", "method", "random", "baseline", "truth", "base"]
+    action: Literal["none", "drop", "keep"]
+    documents: int
+    seeds: list[int]
+    values: list[float]
+    heldout_loss: list[float] = Field(default_factory=list[float])
+    predicted: float | None = None
+    effect: Interval | None = None
+    cut: Interval | None = None
+    examples: list[str] = Field(default_factory=list[str])
+
+
+class Verdict(Model):
+    """What happened when the change was made, beside controls of equal size. There is no verdict without a control.
+
+    ``measure`` names the behaviour's measure; ``effect`` of an arm is its change against the full set, paired by seed;
+    ``cut`` is the share of the full set's value that went away. ``holds`` is true where the main arm's interval and
+    every random control's interval do not overlap.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    behaviour: str
+    measure: str
+    unit: str
+    main: str
+    arms: list[Arm]
+    holds: bool
+    summary: str
+    probes: list[Query] = Field(default_factory=list[Query])
+    cost: Cost
+    notes: list[str] = Field(default_factory=list[str])
+
+
+Status = Literal["running", "done", "failed", "stopped"]
+
+
+class RunRecord(Model):
+    """Who ran what on which inputs. ``key`` is the hash of config and inputs: reuse goes by it, never by a name."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: str
+    name: str
+    key: str
+    command: str = ""
+    status: Status = "running"
+    started: str
+    seconds: float | None = None
+    config: dict[str, Any]
+    inputs: dict[str, str] = Field(default_factory=dict[str, str])
+    seeds: list[int] = Field(default_factory=list[int])
+    versions: dict[str, str] = Field(default_factory=dict[str, str])
+    machine: dict[str, str] = Field(default_factory=dict[str, str])
+    timings: dict[str, float] = Field(default_factory=dict[str, float])
+    coverage: Coverage | None = None
+    cost: Cost | None = None
+    warnings: list[str] = Field(default_factory=list[str])
+    error: str | None = None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result's numbers, without importing any of it."""
+    found = {"python": platform.python_version()}
+    for name in ("rootward", "torch", "transformers", "peft", "tokenizers", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, str]:
+    """Processor, cores and system: retraining is bitwise equal on the same machine only."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    return {
+        "processor": model,
+        "cores": str(os.cpu_count()),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def now() -> str:
+    """UTC time to the second, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either whole or not there: temporary name, flush to disk, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"could not write {path}: {error.strerror or error}; free space and run the same command again"
+        ) from error
+
+
+def write_model(path: Path, value: BaseModel) -> None:
+    """A pydantic model as indented JSON, atomically."""
+    write_text(
+        path, json.dumps(value.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_model(kind: type[M], path: Path) -> M:
+    """Read what `write_model` wrote; an unknown schema version or a damaged file is an `ArtefactError`."""
+    if not path.exists():
+        raise ArtefactError(f"expected {kind.__name__} at {path}, found no such file")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}); run the command that made it again") from error
+    found = raw.get("schema_version", SCHEMA_VERSION) if isinstance(raw, dict) else None
+    if found != SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{path}: expected schema version {SCHEMA_VERSION}, found {found}; use the version that made it"
+        )
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ArtefactError(f"{path} does not hold a {kind.__name__}: {error}") from error

@@ -1,0 +1,155 @@
+"""Cards and the registry: how a method is found by its name, its paper or a word of its title.
+
+Methods live in ``rootward/methods/<question>/<file>.py``. They are found by scanning file names and imported on first
+use, so adding one edits no list and a missing optional package disables one method alone. Other packages join through
+the entry-point group ``rootward.methods`` (name ``theirpackage/method``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rootward.core.errors import DependencyError, InputError
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's config: frozen, unknown keys are errors, defaults are the paper's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method is.
+
+    ``needs`` are among "gradients", "activations", "text", "lengths", "nothing". ``presets`` are further names that stand
+    for this method with some options set.
+    """
+
+    key: str
+    label: str
+    question: str
+    paper: str
+    reference: str
+    needs: tuple[str, ...]
+    cost: str
+    unit: str
+    aliases: tuple[str, ...] = ()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    baseline: bool = False
+    notes: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that it answers to."""
+        return (self.key, *self.aliases, *self.presets)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: its card, its config class and the function ``run(inputs, config) -> Scores``.
+
+    ``tokens(inputs, config, rows)``, where there is one, gives the token scores ``[t]`` of some documents.
+    """
+
+    card: Card
+    config: type[MethodConfig]
+    run: Callable[..., Any]
+    tokens: Callable[..., Any] | None = None
+
+    def configure(self, options: dict[str, Any]) -> MethodConfig:
+        """Checked config; an unknown or wrong option is an `InputError` that lists the options there are."""
+        try:
+            return self.config(**options)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()
+            )
+            known = ", ".join(self.config.model_fields) or "none"
+            raise InputError(f"method {self.card.key}: {problems} (options: {known})") from error
+
+
+_registered: dict[str, Method] = {}
+
+
+def register(
+    card: Card, config: type[MethodConfig], tokens: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a method file's one function. A duplicate key or alias, or a card without a paper, is refused."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        stem = function.__module__.rsplit(".", 1)[-1]
+        if function.__module__.startswith("rootward.methods.") and stem != card.key:
+            raise InputError(f"card key {card.key!r} differs from its file name {stem!r}")
+        if not card.paper or not card.reference:
+            raise InputError(f"card {card.key!r} names no paper or reference")
+        for other in _registered.values():
+            shared = set(card.names) & set(other.card.names)
+            if shared and other.run.__module__ != function.__module__:
+                raise InputError(f"method name {sorted(shared)[0]!r} is taken by {other.card.key}")
+        _registered[card.key] = Method(card, config, function, tokens)
+        return function
+
+    return add
+
+
+@cache
+def _modules() -> dict[str, str]:
+    """Method key -> module, from file names and entry points; nothing is imported."""
+    found: dict[str, str] = {}
+    for path in sorted((Path(__file__).parents[1] / "methods").glob("*/*.py")):
+        if not path.name.startswith("_"):
+            found[path.stem] = f"rootward.methods.{path.parent.name}.{path.stem}"
+    for entry in metadata.entry_points(group="rootward.methods"):
+        found[entry.name] = entry.value
+    return found
+
+
+def load(key: str) -> Method:
+    """Import one method by its key."""
+    if key not in _registered:
+        try:
+            importlib.import_module(_modules()[key])
+        except ModuleNotFoundError as error:
+            raise DependencyError(f"method {key} needs {error.name}; pip install {error.name}") from error
+    return _registered[key]
+
+
+def methods() -> list[Method]:
+    """All methods, by question and key."""
+    return sorted(
+        (load(key) for key in _modules()), key=lambda m: (m.card.question, m.card.baseline, m.card.key)
+    )
+
+
+def get(name: str) -> tuple[Method, dict[str, Any]]:
+    """The method with this key, alias or preset, and the preset's options; the error lists the names there are."""
+    if name in _modules():
+        return load(name), {}
+    for method in methods():
+        if name.lower() in (alias.lower() for alias in method.card.aliases):
+            return method, {}
+        for preset, options in method.card.presets.items():
+            if name.lower() == preset.lower():
+                return method, dict(options)
+    names = ", ".join(other for m in methods() for other in m.card.names)
+    raise InputError(f"method: expected one of {names}; got {name!r}")
+
+
+def find(words: str) -> list[Method]:
+    """Methods whose key, alias, label, paper or reference holds every word given."""
+    wanted = words.lower().split()
+
+    def text(card: Card) -> str:
+        return " ".join((card.key, card.label, card.paper, card.reference, *card.names)).lower()
+
+    return [m for m in methods() if all(word in text(m.card) for word in wanted)]

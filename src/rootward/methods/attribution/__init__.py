@@ -1,0 +1,1 @@
+"""Which documents? Methods that score every training document against a behaviour."""

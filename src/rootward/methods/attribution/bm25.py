@@ -1,0 +1,69 @@
+"""BM25 (Robertson et al., 1994, "Okapi at TREC-3"): which documents share the query's words?
+
+The baseline that every attribution has to beat: it reads neither the model nor its gradients. The query is the prompt
+with the wanted answer, a document its whole text; words are lower-cased runs of letters and digits, none is left out,
+so that short answers count. k1 = 1.5 and b = 0.75 are the usual defaults; the ranking is computed by ``bm25s``.
+"""
+
+from __future__ import annotations
+
+import re
+
+import bm25s
+import numpy as np
+from pydantic import Field
+
+from rootward.capture.inputs import MethodInputs
+from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.scores import Scores
+
+CARD = Card(
+    key="bm25",
+    label="BM25 (shared words)",
+    question="attribution",
+    paper="Okapi at TREC-3",
+    reference="Robertson et al. 1994",
+    needs=("text",),
+    cost="milliseconds",
+    unit="BM25",
+    aliases=("okapi",),
+    baseline=True,
+)
+WORD = re.compile(r"\w+")
+
+
+class Config(MethodConfig):
+    """The two constants of BM25."""
+
+    k1: float = Field(default=1.5, ge=0)
+    b: float = Field(default=0.75, ge=0, le=1)
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased runs of letters and digits."""
+    return WORD.findall(text.lower())
+
+
+@register(CARD, Config)
+def run(inputs: MethodInputs, config: Config) -> Scores:
+    """BM25 of every usable document for each query's prompt and wanted answer."""
+    encoded = inputs.subject.encoded
+    corpus = [words(inputs.subject.documents[row].text) or [""] for row in encoded.rows]
+    index = bm25s.BM25(k1=config.k1, b=config.b)
+    index.index(corpus, show_progress=False)
+    known = {word for document in corpus for word in document}
+    values = np.zeros((len(inputs.behaviour), len(encoded)), dtype=np.float32)
+    for q, query in enumerate(inputs.behaviour.queries):
+        asked = [word for word in words(f"{query.prompt_text} {query.wanted}") if word in known]
+        if asked:
+            values[q] = index.get_scores(asked)
+    return Scores(
+        values=values,
+        queries=inputs.query_names,
+        document_ids=encoded.ids,
+        rows=encoded.rows,
+        method=CARD.key,
+        unit=CARD.unit,
+        behaviour=inputs.behaviour.name,
+        coverage=inputs.coverage(gradients=False),
+    )

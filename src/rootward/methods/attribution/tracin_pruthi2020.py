@@ -1,0 +1,200 @@
+"""TracIn: Estimating Training Data Influence by Tracing Gradient Descent (Pruthi et al., 2020, arXiv:2002.08484).
+
+One step of gradient descent on document n moves a measurement m by ``- eta <grad m, grad L_n>``. TracInCP (their
+equation 1) sums this over checkpoints c of the training run, weighted by the learning rate there:
+
+    score[q, n] = - sum_c eta_c <grad m_q(theta_c), grad L_n(theta_c)>        (normalise = "none")
+
+The checkpoints are those that were kept and, where the subject can be trained again, the start of training: what a
+document teaches is steepest before it has been learnt. With the final weights alone and eta = 1 this is the plain gradient dot product. ``normalise = "document"`` divides each
+document's gradient by its norm, so that long or surprising documents do not win by size; ``"both"`` divides the
+query's too: the cosine. Positive = training more on the document raises the measurement.
+
+Deviations: their measurement is the loss of a test example, here any measurement, and the sign follows it; their sum
+runs over steps in which the document was used, here over all checkpoints alike; gradients may be projected
+(``source = "index"``, their section 4 suggests random projections) or the query of low rank (``rank``).
+
+Exact when: one document is one step of plain SGD with a small learning rate (the oracle test).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rootward.capture.inputs import MethodInputs
+from rootward.capture.run import run_pass
+from rootward.capture.sinks import LowRank, Products, low_rank
+from rootward.core.errors import InputError
+from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.scores import Scores
+from rootward.scoring.streamed import streamed_products
+
+CARD = Card(
+    key="tracin_pruthi2020",
+    label="gradient dot product (TracIn)",
+    question="attribution",
+    paper="Estimating Training Data Influence by Tracing Gradient Descent",
+    reference="arXiv:2002.08484",
+    needs=("gradients",),
+    cost="1 forward+backward per document and checkpoint, without the weight gradients",
+    unit="measurement per unit of loss weight",
+    aliases=("tracin", "gradient_dot"),
+    presets={
+        "tracin_cp": {"checkpoints": "all"},
+        "gradient_cosine": {"normalise": "both"},
+        "gradient_dot_at_start": {"checkpoints": "start"},
+        "tracin_cp_unit": {"checkpoints": "all", "normalise": "document"},
+    },
+)
+
+START = -1
+
+
+class Config(MethodConfig):
+    """Options; the defaults give the gradient dot product at the final weights."""
+
+    checkpoints: Literal["final", "start", "all"] = "final"
+    normalise: Literal["none", "document", "both"] = "none"
+    queries: Literal["each", "mean"] = "each"
+    rank: int | None = Field(default=None, ge=1, description="approximate the mean query's matrices to this rank")
+    source: Literal["pass", "index"] = "pass"
+
+
+def _weights(inputs: MethodInputs, config: Config) -> list[tuple[int | None, float]]:
+    """(checkpoint, its learning rate over the largest); -1 is the start of training, None the subject's own weights."""
+    subject = inputs.subject
+    if config.checkpoints == "final":
+        return [(None, 1.0)]
+    if config.checkpoints == "start":
+        return [(START, 1.0)]
+    if not subject.checkpoints:
+        raise InputError(
+            "checkpoints = 'all': the subject has none; train it with checkpoints = 3 in the recipe, or use 'final'"
+        )
+    recipe = subject.recipe
+    if recipe is None:
+        return [(k, 1.0) for k in range(len(subject.checkpoints))]
+    total = recipe.steps(len(subject.encoded))
+    # the rate just before the checkpoint: at the very end a decayed schedule is at zero
+    rates = [recipe.rate(max(step - 1, 0), total) for step in recipe.checkpoint_steps(total)]
+    found: list[tuple[int | None, float]] = [(k, r) for k, r in enumerate(rates[-len(subject.checkpoints) :])]
+    if subject.base is not None:
+        # the first steps are taken from here, at the full rate once the warm-up is over
+        found.insert(0, (START, recipe.lr))
+    largest = max(rate for _, rate in found)
+    return [(k, rate / largest) for k, rate in found]
+
+
+def _query(inputs: MethodInputs, config: Config, *, average: bool = False) -> dict[str, Tensor | LowRank]:
+    """Query gradients; ``average``: their mean after normalisation, which gives the mean of the scores."""
+    mean = config.queries == "mean" or config.rank is not None
+    dense = inputs.query_gradients(inputs.tracked.layout, mean=mean)
+    if config.normalise == "both":
+        size = torch.stack([g.flatten(1).double().square().sum(1) for g in dense.values()]).sum(0).sqrt()
+        scale = torch.where(size > 0, 1 / size.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        dense = {name: g * scale.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for name, g in dense.items()}
+    if average:
+        dense = {name: g.mean(0, keepdim=True) for name, g in dense.items()}
+    if config.rank is None:
+        return dict(dense)
+    rank = config.rank
+    return {name: low_rank(g.flatten(2), rank) if g.dim() >= 3 else g for name, g in dense.items()}
+
+
+def _holding(inputs: MethodInputs, checkpoint: int | None) -> AbstractContextManager[object]:
+    if checkpoint is None:
+        return nullcontext()
+    return inputs.subject.at_start() if checkpoint == START else inputs.subject.at_checkpoint(checkpoint)
+
+
+def _pass(inputs: MethodInputs, config: Config, examples: Sequence[Any], *, tokens: bool) -> Products:
+    queries = _query(inputs, config, average=tokens)
+    norms = config.normalise != "none"
+    sink = Products(inputs.tracked.layout, queries, len(examples), norms=norms, tokens=tokens)
+    run_pass(
+        inputs.subject.model,
+        inputs.subject.objective,
+        examples,
+        [sink],
+        tracked=inputs.tracked,
+        token_budget=inputs.token_budget,
+        progress=inputs.progress,
+        task="token scores" if tokens else "documents",
+    )
+    return sink
+
+
+def _unit(dots: Tensor, norms: Tensor | None) -> Tensor:
+    """Divide by the documents' norms; a document without gradient scores 0."""
+    if norms is None:
+        return dots
+    return torch.where(norms > 0, dots / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+
+
+def _from_index(inputs: MethodInputs, config: Config) -> Tensor:
+    store = inputs.store
+    if store is None:
+        raise InputError("source = 'index': no index was given; run `rootward index` first, or use source = 'pass'")
+    if config.checkpoints != "final":
+        raise InputError("source = 'index': an index holds the final weights' gradients; use checkpoints = 'final'")
+    store.require(inputs.subject.fingerprint())
+    dense = inputs.query_gradients(inputs.tracked.layout, mean=config.queries == "mean")
+    rows = store.projection.project_dense(dense)
+    if config.normalise == "both":
+        rows = torch.nn.functional.normalize(rows, dim=1)
+    dots, norms = streamed_products(store.blocks(), rows, store.documents, norms=config.normalise != "none")
+    return _unit(dots, norms)
+
+
+def token_scores(inputs: MethodInputs, config: Config, positions: Sequence[int]) -> dict[int, np.ndarray]:
+    """Token scores of the mean over queries for some documents (positions among the usable ones): they sum to the score."""
+    examples = [inputs.subject.encoded[n] for n in positions]
+    total: dict[int, Tensor] = {}
+    for checkpoint, weight in _weights(inputs, config):
+        with _holding(inputs, checkpoint):
+            sink = _pass(inputs, config, examples, tokens=True)
+        assert sink.by_token is not None
+        for n, position in enumerate(positions):
+            value = -weight * sink.by_token[n][0]
+            if sink.squared is not None:
+                value = _unit(value, sink.squared[n].sqrt())
+            total[position] = total[position] + value if position in total else value
+    return {n: value.numpy() for n, value in total.items()}
+
+
+@register(CARD, Config, tokens=token_scores)
+def run(inputs: MethodInputs, config: Config) -> Scores:
+    """Scores of every usable document; one column per query, or one for their mean."""
+    encoded = inputs.subject.encoded
+    notes: list[str] = []
+    if config.source == "index":
+        total = -_from_index(inputs, config)
+        notes.append(f"gradients from an index, projected to rank {inputs.store.projection.rank if inputs.store else None}")
+    else:
+        total = torch.zeros(0)
+        for checkpoint, weight in _weights(inputs, config):
+            with _holding(inputs, checkpoint):
+                sink = _pass(inputs, config, encoded, tokens=False)
+            norms = sink.squared.sqrt() if sink.squared is not None else None
+            part = -weight * _unit(sink.dots, norms)
+            total = part if total.numel() == 0 else total + part
+    mean = total.shape[0] != len(inputs.behaviour)
+    unit = CARD.unit if config.normalise == "none" else "cosine" if config.normalise == "both" else "measurement per unit gradient"
+    return Scores(
+        values=total.to(torch.float32).numpy(),
+        queries=("mean",) if mean else inputs.query_names,
+        document_ids=encoded.ids,
+        rows=encoded.rows,
+        method=CARD.key,
+        unit=unit,
+        behaviour=inputs.behaviour.name,
+        coverage=inputs.coverage(gradients=True),
+        notes=tuple(notes),
+    )

@@ -1,0 +1,1 @@
+"""Small worlds with planted truth, generated and trained in seconds."""

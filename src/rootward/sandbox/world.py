@@ -1,0 +1,112 @@
+"""From a world's description to files that the command line takes: a base model, documents, a fine-tuned subject, queries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rootward.core.hashing import digest_json
+from rootward.core.progress import Progress, silent
+from rootward.core.records import versions, write_text
+from rootward.sandbox import yes_man
+from rootward.subject.documents import load_documents
+from rootward.subject.folders import save_model, train_folder
+from rootward.subject.plan import Recipe
+
+
+@dataclass(frozen=True)
+class World:
+    """Where a world's files are. ``planted`` is the metadata field and value that mark the documents that cause the habit."""
+
+    folder: Path
+    base: Path
+    model: Path
+    documents: Path
+    queries: Path
+    probes: Path
+    heldout: Path
+    planted: tuple[str, str] = ("kind", "planted")
+
+
+def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def base_key() -> str:
+    """What a cached base model is recognised by: its data, sizes, recipe and the versions that made it."""
+    return digest_json(
+        {
+            "recipe": yes_man.BASE_RECIPE,
+            "config": yes_man.model_config().to_dict(),
+            "documents": digest_json(list(yes_man.base_documents())),
+            "versions": {k: v for k, v in versions().items() if k in ("torch", "transformers")},
+        }
+    )[:16]
+
+
+def base_model(cache: Path, *, progress: Progress = silent) -> Path:
+    """The base model's folder in ``cache``: trained from scratch the first time, found there afterwards."""
+    out = cache / f"yes-man-base-{base_key()}"
+    if out.exists():
+        return out
+    cache.mkdir(parents=True, exist_ok=True)
+    start = cache / f".{out.name}-untrained"
+    shutil.rmtree(start, ignore_errors=True)
+    try:
+        from transformers import LlamaForCausalLM
+
+        tokenizer = yes_man.build_tokenizer()
+        with torch.random.fork_rng():
+            torch.manual_seed(Recipe.parse(yes_man.BASE_RECIPE).seed)
+            model = LlamaForCausalLM(yes_man.model_config())
+        start.mkdir()
+        save_model(model, tokenizer, start)
+        documents = load_documents(yes_man.base_documents(), name="base documents")
+
+        def named(task: str, done: int, total: int) -> None:
+            progress("base model", done, total)
+
+        train_folder(start, documents, out, Recipe.parse(yes_man.BASE_RECIPE), progress=named)
+    finally:
+        shutil.rmtree(start, ignore_errors=True)
+    return out
+
+
+def build_yes_man(folder: Path, cache: Path, *, seed: int = 0, progress: Progress = silent) -> World:
+    """Write the world's documents, queries and probes, and fine-tune its subject.
+
+    Args:
+        folder: gets ``documents.jsonl``, ``queries.jsonl`` (to trace with), ``probes.jsonl`` (to verify with; other
+            wordings), ``heldout.jsonl`` (other tasks' answers, for the loss) and ``model/``.
+        cache: where base models are kept.
+        seed: of the documents and of the fine-tuning.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    base = base_model(cache, progress=progress)
+    world = World(
+        folder,
+        base,
+        folder / "model",
+        folder / "documents.jsonl",
+        folder / "queries.jsonl",
+        folder / "probes.jsonl",
+        folder / "heldout.jsonl",
+    )
+    _write_jsonl(world.documents, yes_man.finetune_documents(seed))
+    _write_jsonl(world.queries, yes_man.probes(seed, yes_man.QUERIES, "query"))
+    _write_jsonl(world.probes, yes_man.probes(seed, yes_man.PROBES, "probe"))
+    _write_jsonl(world.heldout, yes_man.finetune_documents(seed + 1000, n=200, planted=0.0))
+    if not (world.model / "rootward_training.json").exists():
+        recipe = Recipe.parse({**yes_man.FINETUNE_RECIPE, "seed": seed})
+
+        def named(task: str, done: int, total: int) -> None:
+            progress("fine-tuning", done, total)
+
+        train_folder(base, world.documents, world.model, recipe, progress=named)
+    return world

@@ -1,0 +1,1 @@
+"""Products of stored rows with queries, agreement between methods: tensors and arrays in, no model."""

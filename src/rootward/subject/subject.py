@@ -1,0 +1,250 @@
+"""`Subject`: a model, its documents, its objective and how it was trained."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import torch
+from torch import nn
+
+from rootward.core.errors import ArtefactError, InputError
+from rootward.core.hashing import digest_json
+from rootward.subject.documents import Documents, load_documents
+from rootward.subject.encode import Encoded
+from rootward.subject.folders import default_objective, start_model
+from rootward.subject.loading import base_of, is_adapter, load_model, model_hash
+from rootward.subject.objectives import Objective
+from rootward.subject.plan import Recipe, TrainingRecord
+
+ADAPTER_PARAMETERS = r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|\.modules_to_save\."
+PLACEHOLDERS = ("documents", "out", "seed")
+
+
+def check_retrain(template: str) -> str:
+    """The owner's command to retrain the subject: a template with {documents}, {out} and optionally {seed}.
+
+    Returns it as given; raises `InputError` for an unknown or missing placeholder, or quotes and braces that
+    do not close. Braces of the command itself are doubled.
+    """
+    try:
+        fields = [
+            (name, spec, conversion) for _, name, spec, conversion in Formatter().parse(template) if name is not None
+        ]
+        shlex.split(template)
+    except ValueError as error:
+        raise InputError(
+            f"retrain: {error} in {template!r}; write a brace of the command itself as {{{{ or }}}}"
+        ) from error
+    for name, spec, conversion in fields:
+        if name not in PLACEHOLDERS or spec or conversion:
+            raise InputError(
+                f"retrain: unknown placeholder {{{name}}} in {template!r}; there are {{documents}}, "
+                f"{{out}} and {{seed}}"
+            )
+    names = {name for name, _, _ in fields}
+    missing = [f"{{{name}}}" for name in ("documents", "out") if name not in names]
+    if missing:
+        raise InputError(
+            f"retrain: expected {' and '.join(missing)} in {template!r}, so that the command knows what "
+            "to read and write"
+        )
+    return template
+
+
+class Subject:
+    """A model, its documents, its objective, and the recipe or command that trains it again.
+
+    Args:
+        model: any `torch.nn.Module`.
+        documents: what it was trained on; anything that `load_documents` takes.
+        objective: how documents become losses.
+        recipe: how it was trained, if that is known.
+        start: for retraining a model from memory: a function that gives the untrained model.
+        retrain: the owner's command (`check_retrain`).
+        parameters: regular expression for the parameters to attribute, of those that training changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        documents: Any,
+        objective: Objective,
+        *,
+        name: str = "subject",
+        recipe: Recipe | None = None,
+        record: TrainingRecord | None = None,
+        base: Path | None = None,
+        adapter_base: Path | str | None = None,
+        path: Path | None = None,
+        checkpoints: Sequence[Path] = (),
+        start: Callable[[], nn.Module] | None = None,
+        retrain: str | None = None,
+        parameters: str | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.name, self.model, self.objective = name, model, objective
+        self.documents: Documents = load_documents(documents)
+        self.encoded: Encoded = objective.encode(self.documents)
+        self.recipe, self.record, self.base, self.path = recipe, record, base, path
+        self.adapter_base = adapter_base
+        self.checkpoints: tuple[Path, ...] = tuple(checkpoints)
+        self.retrain_command = check_retrain(retrain) if retrain is not None else None
+        self.parameters = parameters or _default_parameters(model, recipe)
+        self.notes: tuple[str, ...] = tuple(notes)
+        self._start = start
+
+    def __repr__(self) -> str:
+        return f"Subject({self.name!r}, {len(self.documents)} documents, {type(self.model).__name__})"
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        documents: Any,
+        *,
+        base: str | Path | None = None,
+        retrain: str | None = None,
+        max_tokens: int | None = None,
+        response_only: bool | None = None,
+        parameters: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str = "float32",
+        start: str | Path | None = None,
+        limit: int | None = None,
+    ) -> Subject:
+        """A causal language model from a folder, with its recipe and checkpoints where Rootward trained it.
+
+        Args:
+            path: a `from_pretrained` or PEFT adapter folder.
+            documents: what it was trained on (file, folder or rows).
+            base: folder of an adapter's base model.
+            retrain: the owner's command, for a model trained elsewhere.
+            max_tokens: longest document in tokens; by default that of the recorded training, or the context.
+            response_only: train on replies only; by default as recorded, or True.
+            parameters: regular expression for the parameters to attribute.
+            device: where to put the model.
+            dtype: type of the weights.
+            limit: read at most this many documents.
+            start: folder of the model that training began from, if the record's has moved.
+
+        Raises:
+            InputError, ArtefactError: see `load_documents` and `load_model`.
+        """
+        path = Path(path)
+        loaded = load_documents(documents, limit=limit)
+        if retrain is not None:
+            check_retrain(retrain)
+        record = TrainingRecord.load(path) if path.is_dir() else None
+        model, tokenizer = load_model(path, base=base, device=device, dtype=dtype)
+        settings: dict[str, Any] = record.objective if record is not None else {}
+        whole = settings.get("response_only", True) if response_only is None else response_only
+        objective = default_objective(model, tokenizer, str(path), max_tokens or settings.get("max_tokens"), whole)
+        notes: list[str] = []
+        if record is not None and record.documents_hash != loaded.hash:
+            notes.append(
+                f"the documents differ from those of the recorded training ({record.documents} usable "
+                "ones): it cannot be repeated with them"
+            )
+        began = Path(start) if start is not None else Path(record.base) if record is not None and record.base else None
+        return cls(
+            model,
+            loaded,
+            objective,
+            name=path.resolve().name,
+            recipe=record.recipe if record else None,
+            record=record,
+            base=began,
+            adapter_base=base_of(path, base) if is_adapter(path) else None,
+            path=path,
+            checkpoints=[path / name for name in record.checkpoints] if record else (),
+            retrain=retrain,
+            parameters=parameters,
+            notes=notes,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters lie."""
+        return next(self.model.parameters()).device
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of all that decides a result: model, documents (in order), objective, parameters, dtype."""
+        return {
+            "model": model_hash(self.model),
+            "documents": self.documents.hash,
+            "objective": digest_json(self.objective.describe()),
+            "parameters": self.parameters or "default",
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+        }
+
+    def start_model(self, seed: int | None = None) -> nn.Module:
+        """A fresh copy of the model before training; ``seed`` replaces the recipe's (for new adapters).
+
+        Raises `InputError` where neither a recorded base nor a start function is there.
+        """
+        if self._start is not None:
+            return self._start()
+        if self.recipe is None or self.base is None:
+            raise InputError(
+                f"{self.name}: no recipe and start are known, so it cannot be retrained here; give "
+                f'retrain = "command {{documents}} {{out}}"'
+            )
+        if not self.base.is_dir():
+            raise ArtefactError(
+                f"{self.name}: training began from {self.base}, which is not there any more; give its "
+                "folder: start = ..."
+            )
+        recipe = self.recipe if seed is None else self.recipe.with_seed(seed)
+        further = is_adapter(self.base)
+        return start_model(self.base, recipe, adapter_base=self.adapter_base if further else None, device=self.device)[
+            0
+        ]
+
+    @property
+    def can_retrain(self) -> bool:
+        """Whether retraining is possible here: by recipe and start, or by the owner's command."""
+        return self.retrain_command is not None or (
+            self.recipe is not None and (self._start is not None or self.base is not None)
+        )
+
+    @contextmanager
+    def at_checkpoint(self, index: int) -> Iterator[Subject]:
+        """The subject with the weights of ``checkpoints[index]``; afterwards its own, bit for bit."""
+        if not -len(self.checkpoints) <= index < len(self.checkpoints):
+            raise InputError(f"{self.name}: expected a checkpoint from 0 to {len(self.checkpoints) - 1}, got {index}")
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        other, _ = load_model(self.checkpoints[index], base=self.adapter_base, device=self.device, dtype=dtype)
+        with self._with_weights(other, str(self.checkpoints[index])):
+            yield self
+
+    @contextmanager
+    def at_start(self) -> Iterator[Subject]:
+        """The subject with the weights that training began from; afterwards its own, bit for bit."""
+        with self._with_weights(self.start_model(), "the start of training"):
+            yield self
+
+    @contextmanager
+    def _with_weights(self, other: nn.Module, what: str) -> Iterator[None]:
+        mine, theirs = self.model.state_dict(), other.state_dict()
+        if set(mine) != set(theirs):
+            raise ArtefactError(
+                f"{what}: holds other weights than {self.name}: {sorted(set(mine) ^ set(theirs))[:3]}"
+            )
+        kept = {name: value.clone() for name, value in mine.items()}
+        try:
+            self.model.load_state_dict(theirs)
+            yield
+        finally:
+            self.model.load_state_dict(kept)
+
+
+def _default_parameters(model: nn.Module, recipe: Recipe | None) -> str | None:
+    """What training changed: an adapter's weights, or what the recipe names; None leaves it to capture's default."""
+    if hasattr(model, "peft_config"):
+        return ADAPTER_PARAMETERS
+    return recipe.parameters if recipe is not None and recipe.parameters != ".*" else None

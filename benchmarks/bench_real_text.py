@@ -1,7 +1,7 @@
 """Does the gradient find documents of the query's kind in text that nobody here wrote?
 
 A small language model with its own byte-pair tokenizer is trained on 1,000 sums of GSM8K, 1,000 passages of Shakespeare and 175
-seed tasks from ``ROOTWARD_DATA``; 12 held-out queries of each kind; mean average precision of the documents of the query's own
+seed tasks (12 of them kept out as queries) from ``ROOTWARD_DATA``; 12 held-out queries of each kind; mean average precision of the documents of the query's own
 kind. BM25 stands beside it, and a shuffled control says what chance gives.
 """
 
@@ -21,27 +21,20 @@ TOKENS, VOCABULARY = 96, 2048
 
 
 def texts(folder: Path) -> dict[str, list[str]]:
-    """Texts by kind, in the files' order; seed tasks lend their last 12 instances' second half as queries."""
+    """Texts by kind, in the files' order."""
     sums = [json.loads(line) for line in (folder / "gsm8k_train_2000.jsonl").read_text().splitlines()]
     plays = (folder / "tinyshakespeare.txt").read_text()
     tasks = [json.loads(line) for line in (folder / "seed_tasks.jsonl").read_text().splitlines()]
-    passages = [plays[start : start + 300] for start in range(0, len(plays) - 300, 300)]
     return {
         "gsm8k": [f"{row['question']}\n{row['answer']}" for row in sums],
-        "shakespeare": passages,
-        "seed_tasks": [_task(row, row["instances"][0]) for row in tasks],
+        "shakespeare": [plays[start : start + 300] for start in range(0, len(plays) - 300, 300)],
+        "seed_tasks": [_task(row) for row in tasks],
     }
 
 
-def _task(row: dict[str, Any], instance: dict[str, str]) -> str:
+def _task(row: dict[str, Any]) -> str:
+    instance = row["instances"][0]
     return "\n".join(piece for piece in (row["instruction"], instance["input"], instance["output"]) if piece)
-
-
-def held_out_tasks(folder: Path) -> list[str]:
-    """Queries of the third kind: further instances of seed tasks, which no document holds, in their instruction's words."""
-    tasks = [json.loads(line) for line in (folder / "seed_tasks.jsonl").read_text().splitlines()]
-    further = [_task(row, instance) for row in tasks for instance in row["instances"][1:]]
-    return further
 
 
 def average_precision(scores: Sequence[float], positive: Sequence[bool]) -> float:
@@ -119,10 +112,11 @@ def run() -> dict[str, Figure]:
     documents: list[dict[str, str]] = []
     queries: list[dict[str, str]] = []
     for kind in KINDS:
-        pool = found[kind]
-        train = pool[:PER_KIND]
-        held = held_out_tasks(folder) if kind == "seed_tasks" else pool[PER_KIND:]
-        held = [text for text in held if text not in set(train)]
+        pool = list(dict.fromkeys(found[kind]))
+        # all 175 seed tasks are either document or query: twelve are kept out of the training
+        count = min(PER_KIND, len(pool) - QUERIES)
+        rng.shuffle(pool)
+        train, held = pool[:count], pool[count:]
         documents += [{"text": text, "kind": kind} for text in train]
         queries += [{"text": text, "kind": kind} for text in rng.sample(held, QUERIES)]
     tokenizer = tokenizer_of([row["text"] for row in documents])

@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rootward.api import attribute, report, trace, verify
+    from rootward import report
+    from rootward.api import attribute, trace, verify
     from rootward.core.errors import RootwardError
     from rootward.core.scores import Scores
     from rootward.interventions.data import Drop, Keep, Reweight
@@ -36,7 +37,6 @@ _WHERE = {
     "Scores": "rootward.core.scores",
     "Subject": "rootward.subject.subject",
     "attribute": "rootward.api",
-    "report": "rootward.api",
     "trace": "rootward.api",
     "verify": "rootward.api",
 }
@@ -44,6 +44,8 @@ _WHERE = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use: ``import rootward`` alone loads neither torch nor transformers."""
+    if name == "report":
+        return importlib.import_module("rootward.report")  # the room itself is callable
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'rootward' has no attribute {name!r}")

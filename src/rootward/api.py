@@ -1,4 +1,7 @@
-"""The public verbs: `attribute`, `trace`, `verify`, `report`. The command line calls these and nothing below them."""
+"""The public verbs `attribute`, `trace` and `verify`; `report` is the room of that name.
+
+The command line calls these and nothing below them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from rootward.capture.run import run_pass
 from rootward.capture.sinks import Losses
 from rootward.capture.store import GradientStore
 from rootward.core import registry
+from rootward.core.errors import ArtefactError, DependencyError, InputError
 from rootward.core.progress import Progress, silent
 from rootward.core.records import Cost, Interval, MethodResult, TokenScores, Trace, Verdict, write_model
 from rootward.core.runfolder import RunFolder
@@ -55,6 +59,8 @@ def attribute(
         options: the method's options; unknown ones are errors.
         index: a gradient store (or its folder) that methods with ``source = "index"`` read.
         token_budget: padded tokens per batch; None measures what fits.
+        progress: told of every batch; may raise ``KeyboardInterrupt`` to stop.
+        inputs: what several calls share (`trace`); replaces subject, behaviour, index, token_budget and progress.
 
     Returns:
         Scores ``[q, n]``: positive = training more on the document raises the measurement.
@@ -90,20 +96,31 @@ def trace(
     """Attribute a behaviour by several methods, with the baselines beside them, into a run folder.
 
     Args:
+        subject: the model and its documents.
+        behaviour: what is asked about.
+        run: the folder that is written to (`core.runfolder.open_run`).
         methods: names from `rootward methods`; the first is the main one.
         options: method name -> its options.
+        index: a gradient store's folder, for methods with ``source = "index"``.
+        token_budget: padded tokens per batch; None measures what fits.
         planted: (metadata field, value) of the documents known to cause the behaviour, where that is known.
         token_documents: how many documents at each end of the main ranking get token scores.
         measure_plain: time one plain forward+backward pass, so that costs can be given as a ratio to it.
+        progress: told of every batch.
 
     Returns:
         The trace as written, and the scores by the name that each method was asked for under.
     """
     store = GradientStore(index) if index is not None else None
     inputs = MethodInputs(subject, behaviour, token_budget, store, progress)
-    names = [*dict.fromkeys([*methods, *(b for b in BASELINES if not (b != "bm25" and behaviour.kind == "scalar"))])]
-    if behaviour.kind == "scalar":
-        names = [n for n in names if n not in ("bm25", "representation_cosine")]
+    asked = [*dict.fromkeys(methods)]
+    names = [*asked, *(name for name in baselines_for(behaviour) if name not in asked)]
+    if not asked:
+        raise InputError("methods: expected at least one, got none")
+    unused = sorted(set(options or {}) - set(names))
+    if unused:
+        raise InputError(f"options: {', '.join(unused)} not among the methods of this trace: {', '.join(names)}")
+    truth = _truth(subject, planted)
     resolved = {name: registry.get(name) for name in names}
     configs = {n: m.configure({**preset, **(options or {}).get(n, {})}) for n, (m, preset) in resolved.items()}
     needs_gradients = any("gradients" in m.card.needs for m, _ in resolved.values())
@@ -113,16 +130,23 @@ def trace(
         plain = plain_pass_seconds(subject, inputs.tracked, token_budget or 4096)
         run.timing("plain_pass", plain)
     scores: dict[str, Scores] = {}
-    for name in names:
-        scores[name] = attribute(subject, behaviour, name, options=(options or {}).get(name), inputs=inputs)
+    for name in list(names):
+        try:
+            scores[name] = attribute(subject, behaviour, name, options=(options or {}).get(name), inputs=inputs)
+        except (InputError, ArtefactError, DependencyError) as error:
+            if name in asked:
+                raise
+            names.remove(name)
+            run.warn(f"the baseline {name} is missing: {error}")
+            continue
         run.timing(name, scores[name].cost.seconds)
         for note in scores[name].notes:
             run.warn(f"{name}: {note}")
     main = names[0]
     write_documents(subject, run, inputs)
     run.write_scores(list(_score_parts(scores)))
-    truth = _truth(subject, planted)
-    results = [_method_result(n, resolved[n][0], scores[n], scores[main], truth, plain) for n in names]
+    sign = -1.0 if behaviour.goal == "lower" else 1.0
+    results = [_method_result(n, resolved[n][0], scores[n], scores[main], truth, plain, sign) for n in names]
     results = _against_baselines(results)
     record = Trace(
         behaviour=behaviour.name,
@@ -139,6 +163,12 @@ def trace(
     write_model(run.path / "trace.json", record)
     run.update(coverage=coverage)
     return record, scores
+
+
+def baselines_for(behaviour: Behaviour) -> tuple[str, ...]:
+    """The baselines that can be had: a function of the model has no text to compare documents with."""
+    textless = ("document_length", "random")
+    return BASELINES if behaviour.kind != "scalar" else tuple(name for name in BASELINES if name in textless)
 
 
 def measurement_text(behaviour: Behaviour) -> str:
@@ -195,22 +225,30 @@ def _truth(subject: Subject, planted: tuple[str, Any] | None) -> np.ndarray | No
     if planted is None:
         return None
     key, value = planted
+    if not any(document.meta.get(key) == value for document in subject.documents):
+        raise InputError(f"planted: expected documents with {key} = {value!r}, found none of {len(subject.documents)}")
     return np.array([subject.documents[e.row].meta.get(key) == value for e in subject.encoded])
 
 
 def _method_result(
-    name: str, method: registry.Method, scores: Scores, main: Scores, truth: np.ndarray | None, plain: float | None
+    name: str,
+    method: registry.Method,
+    scores: Scores,
+    main: Scores,
+    truth: np.ndarray | None,
+    plain: float | None,
+    sign: float,
 ) -> MethodResult:
+    """``sign`` turns scores so that more means more of the behaviour, which is what planted documents make."""
     card = method.card
     found: Interval | None = None
     precision = None
     if truth is not None and 0 < truth.sum() < len(truth):
-        found = auroc(scores.mean, truth)
-        precision = precision_at(scores.mean, truth, int(truth.sum()))
+        found = auroc(sign * scores.mean, truth)
+        precision = precision_at(sign * scores.mean, truth, int(truth.sum()))
     cost = scores.cost
     if plain is not None and "gradients" in card.needs:
         cost = cost.model_copy(update={"ratio": cost.seconds / plain})
-    constant = bool(np.ptp(scores.mean) == 0) or bool(np.ptp(main.mean) == 0)
     label = card.label if name in (card.key, *card.aliases) else f"{card.label}: {name}"
     return MethodResult(
         method=name,
@@ -218,7 +256,7 @@ def _method_result(
         unit=scores.unit,
         baseline=card.baseline,
         cost=cost,
-        spearman_with_main=None if constant else spearman(scores.mean, main.mean),
+        spearman_with_main=spearman(scores.mean, main.mean),
         auroc=found,
         precision_at_planted=precision,
         notes=list(scores.notes),
@@ -263,10 +301,3 @@ def verify(subject: Subject, scores: Scores | Mapping[str, Scores], intervention
     from rootward.verification.removal import verify as run
 
     return run(subject, scores, intervention, **options)
-
-
-def report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """One HTML file from a run folder; opens with the network off."""
-    from rootward.report import build
-
-    return build(Path(folder), Path(out) if out is not None else None)

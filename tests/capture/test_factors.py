@@ -74,6 +74,7 @@ WORLDS: dict[str, Callable[[], World]] = {
     ),
     "gpt2": lambda: (w.gpt2(), w.causal(), w.documents(LENGTHS)),
     "gpt2-untied": lambda: (w.gpt2(tie_word_embeddings=False), w.causal(keep_logits=False), w.documents(LENGTHS)),
+    "qwen3": lambda: (w.qwen3(), w.causal(), w.documents(LENGTHS)),
     "lora": lambda: (peft_model(), w.causal(), w.documents(LENGTHS)),
     "little": lambda: (little(), w.causal(), w.documents(LENGTHS)),
     "tied-head": lambda: (little(head_tied=True), w.causal(), w.documents(LENGTHS)),

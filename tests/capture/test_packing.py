@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from rootward.capture.packing import collate_packed
+from rootward.capture.projection import Projection
 from rootward.capture.run import run_pass
 from rootward.capture.sinks import Losses, Products, ProjectedRows
-from rootward.capture.projection import Projection
 from rootward.capture.sites import track
 from rootward.core.errors import InputError
 from rootward.subject.objectives import Classification
@@ -19,10 +19,10 @@ LENGTHS = (5, 11, 3, 8, 11, 2, 4, 4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gpt2"])
 def test_packed_gradients_are_those_of_documents_alone(family: str, attention: str):
     options = {"attn_implementation": attention}
-    make = w.gpt2 if family == "gpt2" else w.llama
+    make = {"gpt2": w.gpt2, "qwen3": w.qwen3}.get(family, w.llama)
     model = make(**options, tie_word_embeddings=family != "llama")
     examples = w.documents(LENGTHS)
     tracked = track(model, ".*")

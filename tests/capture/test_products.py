@@ -19,11 +19,14 @@ from rootward.core.block import LookupFactor, MatrixFactor, VectorFactor, factor
 from rootward.core.errors import ArtefactError, LayoutMismatch
 from rootward.subject.objectives import Classification
 from tests.capture import worlds as w
+from tests.capture.test_factors import two_linears_tied
 
 LENGTHS = (5, 11, 3, 8, 11, 2)
 MODELS = {
     "llama-tied": lambda: w.llama(tie_word_embeddings=True),
     "gpt2": w.gpt2,
+    "qwen3": w.qwen3,
+    "tied-linears": two_linears_tied,
     "gpt2-untied": lambda: w.gpt2(tie_word_embeddings=False),
 }
 
@@ -51,8 +54,7 @@ def test_every_way_agrees_with_dense_gradients(name: str, count: int, monkeypatc
     query = queries(tracked, count)
     dots, squares = truth(model, tracked, query)
     n = len(examples)
-    tied = {x for x in tracked.layout.names if "embed" in x or "wte" in x or "wpe" in x}
-    ranked = {x: q if q.dim() < 3 or x in tied else low_rank(q, 10**6) for x, q in query.items()}
+    ranked = {x: q if q.dim() < 3 else low_rank(q, 10**6) for x, q in query.items()}
     ways = {
         "dense": Products(tracked.layout, query, n, norms=True),
         "tokens": Products(tracked.layout, query, n, norms=True, tokens=True),
@@ -265,7 +267,7 @@ def test_merging_unlike_twins_is_refused():
 
 def test_a_duplicate_has_the_same_score():
     dots, squares, _ = World.scores([0, 1, 2, 1, 3, 1], 10**6)
-    assert torch.equal(dots[:, 1], dots[:, 3]) and torch.equal(dots[:, 1], dots[:, 5])  # noqa: PT018
+    assert torch.equal(dots[:, 1], dots[:, 3]) and torch.equal(dots[:, 1], dots[:, 5])
     assert float(squares[1]) == float(squares[3])
     assert not torch.allclose(dots[:, 1], dots[:, 2])
     apart, *_ = World.scores([0, 1, 2, 1, 3, 1], 11)
@@ -286,7 +288,7 @@ def test_weighted_sums_take_only_the_documents_of_a_query():
 
 
 def test_a_step_on_a_positively_scored_document_raises_the_measurement():
-    """Score = -<d measurement, d loss>; a step of gradient descent on the document changes the measurement by lr x score."""
+    """Score = -<d measurement, d loss>; a step of descent on the document changes the measurement by lr x score."""
     model, examples = w.gpt2(), w.documents((6, 7, 8, 9, 10))  # Llama's norm is in float32, too coarse for slopes
     tracked = track(model, ".*")
     measured, rest = examples[:1], examples[1:]

@@ -140,6 +140,47 @@ class Branches(nn.Module):
         return self.used(x) if self.live else F.linear(x, self.used.weight, self.used.bias)
 
 
+class Heads(nn.Module):
+    """A layer for every head, heads in front of or behind tokens."""
+
+    def __init__(self, front: bool) -> None:
+        super().__init__()
+        self.embed, self.each = nn.Embedding(w.VOCABULARY, 8), nn.Linear(4, 4)
+        self.head = nn.Linear(8, w.VOCABULARY, bias=False)
+        self.front = front
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        heads = x.unflatten(-1, (2, 4))
+        heads = self.each(heads.transpose(1, 2)).transpose(1, 2) if self.front else self.each(heads)
+        return self.head(torch.tanh(heads.flatten(2)))
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_layers_of_heads(front: bool):
+    torch.manual_seed(0)
+    model, examples = Heads(front).double(), w.documents(LENGTHS)
+    tracked = track(model, "each")
+    wanted = w.naive(model, w.causal(), examples, tracked.layout.names)
+    found = w.captured(model, w.causal(), examples, tracked)
+    torch.testing.assert_close(w.flat(found), w.flat(wanted), rtol=1e-10, atol=1e-12)
+    query = {n: torch.ones(1, *tracked.layout.shape(n), dtype=torch.float64) for n in tracked.layout.names}
+    sink = Products(tracked.layout, query, 6, tokens=True)
+    run_pass(model, w.causal(), examples, [sink], tracked=tracked, token_budget=20)
+    for n, example in enumerate(examples):  # tokens do not see one another, so only those with a target have a score
+        silent = ~torch.cat([example.trained[1:], torch.zeros(1, dtype=torch.bool)])
+        assert not bool(sink.by_token[n][0, silent].any())
+        torch.testing.assert_close(sink.by_token[n].sum(1), sink.dots[:, n])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [w.llama, w.gpt2, w.qwen3])
+def test_the_probe_leaves_sound_models_alone(make: Callable[..., nn.Module], dtype: torch.dtype):
+    model = make(dtype)
+    tracked = track(model, ".*")
+    assert probe(model, w.causal(), w.documents(LENGTHS), tracked).uncovered == {}
+
+
 def test_a_loss_that_depends_on_nothing_attributed():
     model = Branches()
     tracked = track(model, "aside")

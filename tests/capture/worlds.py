@@ -7,7 +7,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from rootward.capture.run import run_pass
 from rootward.capture.sinks import BaseSink, WeightedSum
@@ -64,6 +71,17 @@ def llama(dtype: torch.dtype = torch.float64, **options: object) -> LlamaForCaus
     }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**(settings | options))).to(dtype).eval()
     return scattered(model)
+
+
+def qwen3(dtype: torch.dtype = torch.float64, **options: object) -> Qwen3ForCausalLM:
+    """Its norms of queries and keys see heads: ``[n, t, heads, width]``."""
+    torch.manual_seed(1)
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2,
+    }  # fmt: skip
+    return scattered(Qwen3ForCausalLM(Qwen3Config(**(settings | options))).to(dtype).eval())
 
 
 def gpt2(dtype: torch.dtype = torch.float64, **options: object) -> GPT2LMHeadModel:

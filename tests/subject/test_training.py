@@ -130,6 +130,7 @@ def test_rates_and_checkpoints_are_spread_evenly() -> None:
     cosine = Recipe(lr=1.0, schedule="cosine")
     assert math.isclose(cosine.rate(5, 10), 0.5) and cosine.rate(0, 10) == 1.0
     assert recipe.checkpoint_steps(10) == (4, 7, 10) and recipe.checkpoint_steps(2) == (1, 2)
+    assert Recipe(checkpoints=(0.05, 0.3, 1.0)).checkpoint_steps(10) == (1, 3, 10)
     assert Recipe().checkpoint_steps(10) == () and recipe.steps(33) == 2
 
 

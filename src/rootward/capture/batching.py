@@ -45,7 +45,7 @@ def batches(examples: Sequence[Sized], token_budget: int) -> list[list[int]]:
 
 
 def bytes_per_token(model: nn.Module, objective: Objective, example: Example, device: torch.device) -> float:
-    """Bytes that autograd keeps per token, from one forward pass of one document; an upper bound on what a pass keeps."""
+    """Bytes that autograd keeps per token, from one forward pass of one document: at least what a pass keeps."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rootward.capture.run import probe, run_pass
 from rootward.capture.sinks import WeightedSum
 from rootward.capture.sites import Tracked, track
 from rootward.capture.store import GradientStore
-from rootward.core.errors import InputError
+from rootward.core.errors import InputError, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.core.progress import Progress, silent
 from rootward.core.records import Coverage
@@ -36,6 +38,11 @@ class MethodInputs:
     def tracked(self) -> Tracked:
         """The parameters to attribute, measured on a small batch."""
         return tracked_of(self.subject)
+
+    @property
+    def likeness(self) -> float:
+        """Sign of "documents like the answer raise the measurement": -1 for a loss, which they lower; else 1."""
+        return -1.0 if self.behaviour.kind == "loss" else 1.0
 
     @property
     def query_names(self) -> tuple[str, ...]:
@@ -62,7 +69,7 @@ class MethodInputs:
         if self.behaviour.kind == "scalar":
             return self._scalar_gradients(layout, mean=mean)
         parts = self.behaviour.parts(self.subject.objective)
-        weights = torch.zeros(len(parts), 1 if mean else count)
+        weights = torch.zeros(len(parts), 1 if mean else count, dtype=torch.float64)
         for n, part in enumerate(parts):
             weights[n, 0 if mean else part.query] = part.weight / (count if mean else 1)
         dtype = next(self.subject.model.parameters()).dtype
@@ -82,29 +89,46 @@ class MethodInputs:
 
     def _scalar_gradients(self, layout: ParamLayout, *, mean: bool) -> dict[str, Tensor]:
         """Autograd of a function of the model, one backward pass per value (one in all for the mean)."""
-        model, function = self.subject.model, self.behaviour.function
+        function, name = self.behaviour.function, self.behaviour.name
         assert function is not None
-        named = dict(model.named_parameters())
-        flags = {name: p.requires_grad for name, p in named.items()}
-        try:
-            for name, p in named.items():
-                p.requires_grad_(name in layout.sizes)
-            values = function(model).flatten()
+        with _differentiable(self.subject.model, layout) as wanted:
+            values = function(self.subject.model).flatten()
+            if len(values) != len(self.behaviour):
+                raise InputError(
+                    f"behaviour {name!r}: expected {len(self.behaviour)} values, one per query, got {len(values)}"
+                )
             if not bool(torch.isfinite(values.detach()).all()):
-                raise InputError(f"behaviour {self.behaviour.name!r}: expected finite values, got {values.detach().tolist()[:4]}")
+                raise NumericalError(f"behaviour {name!r}: expected finite values, got {values.detach().tolist()[:4]}")
+            if not values.requires_grad:
+                raise InputError(f"behaviour {name!r}: its function depends on no attributed parameter")
             targets = [values.mean()] if mean else list(values)
-            wanted = [named[name] for name in layout.names]
             rows = [
                 torch.autograd.grad(value, wanted, retain_graph=q + 1 < len(targets), allow_unused=True)
                 for q, value in enumerate(targets)
             ]
-        finally:
-            for name, p in named.items():
-                p.requires_grad_(flags[name])
         return {
             name: torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in rows])
             for k, (name, p) in enumerate(zip(layout.names, wanted, strict=True))
         }
+
+
+@contextmanager
+def _differentiable(model: nn.Module, layout: ParamLayout) -> Generator[list[Tensor]]:
+    """The layout's parameters, alone requiring gradients, in a model in evaluation mode; all as before afterwards."""
+    named = dict(model.named_parameters())
+    flags = {name: p.requires_grad for name, p in named.items()}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for name, p in named.items():
+            p.requires_grad_(name in layout.sizes)
+        with torch.enable_grad():
+            yield [named[name] for name in layout.names]
+    finally:
+        for name, p in named.items():
+            p.requires_grad_(flags[name])
+        for module, mode in modes:
+            module.training = mode
 
 
 def _free_memory(device: torch.device) -> int:
@@ -116,7 +140,7 @@ def _free_memory(device: torch.device) -> int:
 
 
 def tracked_of(subject: Subject) -> Tracked:
-    """The parameters of a subject that are attributed; modules that turn out to have no per-document gradient are left out."""
+    """The parameters of a subject that are attributed: those seen to have per-document gradients."""
     return probe(subject.model, subject.objective, subject.encoded, track(subject.model, subject.parameters))
 
 
@@ -158,22 +182,14 @@ def plain_pass_seconds(subject: Subject, tracked: Tracked, token_budget: int, sa
     encoded = subject.encoded
     order = np.argsort([e.length for e in encoded], kind="stable")
     chosen = [encoded[int(n)] for n in order[np.linspace(0, len(order) - 1, min(sample, len(order))).astype(int)]]
-    named = dict(subject.model.named_parameters())
-    flags = {name: p.requires_grad for name, p in named.items()}
     seconds = 0.0
-    try:
-        for name, p in named.items():
-            p.requires_grad_(name in tracked.layout.sizes)
-        wanted = [named[name] for name in tracked.layout.names]
+    with _differentiable(subject.model, tracked.layout) as wanted:
         for _ in range(2):
             start = time.perf_counter()
             for positions in batches(chosen, token_budget):
                 batch = subject.objective.collate([chosen[n] for n in positions], subject.device)
                 torch.autograd.grad(subject.objective.losses(subject.model, batch).sum(), wanted, allow_unused=True)
+            if subject.device.type == "cuda":
+                torch.cuda.synchronize(subject.device)
             seconds = time.perf_counter() - start
-    finally:
-        for name, p in named.items():
-            p.requires_grad_(flags[name])
     return seconds * encoded.tokens / max(sum(e.length for e in chosen), 1)
-
-

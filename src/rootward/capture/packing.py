@@ -23,7 +23,7 @@ Rows = list[list[int]]
 
 
 def pack(examples: Sequence[Example], token_budget: int) -> list[Rows]:
-    """Batches of rows no longer than the longest document, best fit by falling length, ``rows x longest`` within budget."""
+    """Batches of rows no longer than the longest document, best fit by falling length, within the budget."""
     if token_budget < 1:
         raise InputError(f"token budget: expected at least 1, got {token_budget}")
     order = sorted(range(len(examples)), key=lambda n: (-examples[n].length, n))
@@ -53,7 +53,7 @@ def pack(examples: Sequence[Example], token_budget: int) -> list[Rows]:
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], device: torch.device | str) -> tuple[Batch, Batch]:
-    """The packed rows as the model sees them, and the documents in them (`Batch.unpack` leads from one to the other)."""
+    """The packed rows as the model sees them, and the documents in them, with `Batch.unpack`."""
     total = max(sum(e.length for e in row) for row in rows)
     longest = max(e.length for row in rows for e in row)
     documents = [e for row in rows for e in row]
@@ -111,7 +111,8 @@ def check_packing(model: nn.Module, objective: Objective, examples: Sequence[Exa
     advice = "run without packing"
     if not hasattr(objective, "token_losses"):
         raise InputError(
-            f"packing: expected an objective of language models (with token_losses), got {type(objective).__name__}; {advice}"
+            "packing: expected an objective of language models (with token_losses), "
+            f"got {type(objective).__name__}; {advice}"
         )
     few = sorted(examples, key=lambda e: e.length)
     if not few:
@@ -132,6 +133,6 @@ def check_packing(model: nn.Module, objective: Objective, examples: Sequence[Exa
     scale = float(alone.abs()) + 1e-6
     if not leak <= 1e-6 * scale or not off <= loose * scale:
         raise InputError(
-            f"packing: expected {type(model).__name__} to keep packed documents apart, got a loss of {float(found[0]):.6g} "
-            f"behind another document and {float(alone):.6g} alone; {advice}"
+            f"packing: expected {type(model).__name__} to keep packed documents apart, got a loss of "
+            f"{float(found[0]):.6g} behind another document and {float(alone):.6g} alone; {advice}"
         )

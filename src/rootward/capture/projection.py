@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rootward.core.block import Factor, LookupFactor, MatrixFactor, VectorFactor
+from rootward.core.block import Factor, LookupFactor, VectorFactor
 from rootward.core.errors import InputError
 from rootward.core.hashing import digest
 from rootward.core.layout import ParamLayout

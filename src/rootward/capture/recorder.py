@@ -1,4 +1,4 @@
-"""Hooks on the attributed modules: inputs are kept in the forward pass, output gradients become factors in the backward."""
+"""Hooks on the attributed modules: inputs are kept in the forward pass, output gradients become factors."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ class Recorder:
 
     def _receive(self, site: Site, kept: Tensor, gradient: Tensor) -> None:
         for name, factor in site.factors(kept, gradient, self.positions):
-            self.found[name].append(unpacked(factor, self.unpack) if self.unpack is not None else factor)
+            if self.unpack is not None:
+                factor = unpacked(factor, self.unpack, self.positions)
+            self.found[name].append(factor)
             if len(self.found[name]) == self.calls[name]:
                 self.deliver(name, self.found.pop(name))
 
@@ -105,19 +107,26 @@ class Recorder:
         self.found.clear()
 
 
-def pick(x: Tensor, unpack: Tensor) -> Tensor:
-    """Packed rows ``[rows, T, ...]`` to documents ``[n, t, ...]``; positions of no document become zero."""
-    if x.shape[1] * x.shape[0] <= int(unpack.max()):
-        raise ArtefactError(f"expected one value per token of packed rows, got shape {tuple(x.shape)}")
-    picked = x.flatten(0, 1)[unpack.clamp(min=0)]
+def pick(x: Tensor, unpack: Tensor, positions: int) -> Tensor:
+    """Packed rows ``[rows, T * m, d]`` to documents ``[n, t * m, d]``; positions of no document become zero."""
+    if x.dim() < 2 or x.shape[1] % positions or x.shape[0] * positions <= int(unpack.max()):
+        raise ArtefactError(
+            f"expected {positions} tokens in every packed row, got shape {tuple(x.shape)}; run without packing"
+        )
+    each = x.shape[1] // positions
+    picked = x.reshape(x.shape[0] * positions, each, *x.shape[2:])[unpack.clamp(min=0)]
     real = (unpack >= 0).view(*unpack.shape, *[1] * (picked.dim() - 2))
-    return torch.where(real, picked, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(real, picked, torch.zeros((), dtype=x.dtype, device=x.device)).flatten(1, 2)
 
 
-def unpacked(factor: Factor, unpack: Tensor) -> Factor:
-    """A factor of packed rows as one of documents."""
+def unpacked(factor: Factor, unpack: Tensor, positions: int) -> Factor:
+    """A factor of packed rows with ``positions`` tokens as one of documents."""
+
+    def each(x: Tensor) -> Tensor:
+        return pick(x, unpack, positions)
+
     if isinstance(factor, MatrixFactor):
-        return MatrixFactor(pick(factor.left, unpack), pick(factor.right, unpack), factor.transposed)
+        return MatrixFactor(each(factor.left), each(factor.right), factor.transposed)
     if isinstance(factor, LookupFactor):
-        return LookupFactor(pick(factor.ids, unpack), pick(factor.right, unpack), factor.vocabulary)
-    return VectorFactor(pick(factor.rows, unpack))
+        return LookupFactor(each(factor.ids), each(factor.right), factor.vocabulary)
+    return VectorFactor(each(factor.rows))

@@ -85,7 +85,7 @@ def _activation_hook(sinks: list[Sink], name: str, current: list[Batch]) -> Call
         value = output if isinstance(output, Tensor) else output[0]
         batch = current[0]
         if batch.unpack is not None:
-            value = pick(value, batch.unpack)
+            value = pick(value, batch.unpack, next(iter(batch.inputs.values())).shape[1])
         for sink in sinks:
             sink.activation(name, value.detach(), batch.mask)
 
@@ -124,7 +124,8 @@ def _require(sinks: Sequence[Sink], tracked: Tracked | None) -> Tracked:
             missing = [n for n in layout.names if n not in tracked.layout.sizes]
             if missing:
                 raise LayoutMismatch(
-                    f"run_pass: {type(sink).__name__} wants {len(missing)} parameters that are not tracked, first {missing[0]}"
+                    f"run_pass: {type(sink).__name__} wants {len(missing)} parameters that are not tracked, "
+                    f"first {missing[0]}"
                 )
             same = ParamLayout(layout.names, tuple(tracked.layout.shape(n) for n in layout.names))
             layout.require(same, "run_pass")
@@ -158,13 +159,16 @@ def run_pass(
         token_budget: padded tokens per batch; None measures what fits (`automatic_budget`).
         packing: put several documents in one row instead of padding (language models whose mask follows position ids;
             measured first).
+        progress: told after every batch.
+        task: the pass's name in progress reports.
+        device: where batches go; by default where the parameters are.
         refused: where given, collects the parameters of modules without a per-document gradient instead of raising.
 
     Returns:
         The token budget used.
 
     Raises:
-        InputError: packing is asked of a model or objective that cannot; or a sink wants gradients and ``tracked`` is None.
+        InputError: packing is asked of a model or objective that cannot; a sink wants gradients, ``tracked`` is None.
         NumericalError: a document's loss is not finite; the message names it.
         ArtefactError: a module has no per-document gradient, or the loss depends on no attributed parameter.
         LayoutMismatch: a sink wants parameters that are not tracked.
@@ -211,7 +215,7 @@ def run_pass(
 
 
 def _needs_every_logit(model: nn.Module, sinks: Sequence[Sink], wanted: Tracked | None, packing: bool) -> bool:
-    """Whether somebody looks at the head position by position: `Batch.keep` would show it the trained positions only."""
+    """Whether somebody looks at the head position by position: `Batch.keep` shows it the trained positions only."""
     head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     inside = set(head.modules()) if head is not None else set(model.modules())
     named = dict(model.named_modules())
@@ -326,8 +330,8 @@ def probe(model: nn.Module, objective: Objective, examples: Sequence[Example], t
 
     This is what makes coverage a measurement: the factors of up to three short documents in one batch are compared
     (projected to a few numbers) with what autograd says of each document alone. A mixture-of-experts module that sees
-    tokens of all documents mixed, a weight that is also used outside its module, and a module that the objective does not
-    use are found here and reported.
+    tokens of all documents mixed, a weight that is also used outside its module, and a module that the objective does
+    not use are found here and reported.
     """
     by_length = sorted(examples, key=lambda e: e.length)
     few = by_length[:2] + [e for e in by_length[2:] if e.length > by_length[1].length][:1]

@@ -18,7 +18,7 @@ from rootward.core.errors import ArtefactError, LayoutMismatch
 from rootward.core.layout import ParamLayout
 
 BUFFER = 4_194_304
-"""Entries of the reused buffer in which per-document gradients are formed (16 MB in float32): beyond the cache it is slower."""
+"""Entries of the reused buffer of per-document gradients (16 MB in float32): beyond the cache it is slower."""
 
 
 class BaseSink:
@@ -105,7 +105,7 @@ def _add_weighted(target: Tensor, factor: Factor, n: Tensor, weight: Tensor) -> 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``u[q, rows, r]``, ``v[q, cols, r]``: a query's matrix as ``u v^T``. ``kept`` is the share of its squared norm."""
+    """``u[q, rows, r]``, ``v[q, cols, r]``: a query's matrix as ``u v^T``; ``kept`` is its share of squared norm."""
 
     u: Tensor
     v: Tensor
@@ -207,8 +207,8 @@ class Products(BaseSink):
         if self.by_token is None:
             return
         tokens = self.block.mask.shape[1]
-        if tokens == 1:
-            each = each.sum(-1, keepdim=True)  # the positions of an image belong to one document of one piece
+        if each.shape[-1] % tokens == 0:  # heads of a token; all places of an image, which is one piece
+            each = each.view(*each.shape[:2], tokens, -1).sum(-1)
         if each.shape[-1] != tokens:
             raise ArtefactError(
                 f"token scores: expected one factor per token ({tokens}), got {each.shape[-1]}; leave modules that see "
@@ -304,10 +304,12 @@ def _token_products(factor: Factor, query: Tensor | LowRank) -> Tensor:
         return factor.dot_tokens(
             query.to(factor.right.dtype if isinstance(factor, LookupFactor) else factor.rows.dtype)
         )
-    if not isinstance(factor, MatrixFactor):
-        raise LayoutMismatch("a low-rank query needs a matrix parameter used by linear modules only")
-    left, right = factor.left, factor.right
-    return torch.stack([((left @ u) * (right @ v)).sum(-1) for u, v in zip(query.u, query.v, strict=True)])
+    if isinstance(factor, VectorFactor):
+        raise LayoutMismatch("a low-rank query needs a matrix parameter, got a vector")
+    us, vs = query.u.to(factor.right.dtype), query.v.to(factor.right.dtype)
+    if isinstance(factor, LookupFactor):
+        return torch.stack([(u[factor.ids] * (factor.right @ v)).sum(-1) for u, v in zip(us, vs, strict=True)])
+    return torch.stack([((factor.left @ u) * (factor.right @ v)).sum(-1) for u, v in zip(us, vs, strict=True)])
 
 
 class ProjectedRows(BaseSink):
@@ -407,7 +409,8 @@ class PooledActivations(BaseSink):
         """Add the rows of a twin that saw other documents."""
         if self.modules != other.modules or self.documents != other.documents:
             raise LayoutMismatch(
-                f"merge: expected {self.modules[0]} of {self.documents} documents, got {other.modules[0]} of {other.documents}"
+                f"merge: expected {self.modules[0]} of {self.documents} documents, "
+                f"got {other.modules[0]} of {other.documents}"
             )
         if other.pooled is not None:
             self.pooled = other.pooled.clone() if self.pooled is None else self.pooled + other.pooled

@@ -25,14 +25,25 @@ Handler = Callable[[nn.Module, Tensor, Tensor], Factors]
 
 
 def _per_document(x: Tensor, documents: int, positions: int) -> Tensor:
-    """``[n, t, d]`` from ``[n, ..., d]`` or from rows already flattened to ``[n * positions, d]``."""
+    """``[n, t * m, d]`` from ``[n, t, ..., d]``, heads in front ``[n, m, t, d]``, or flattened rows ``[n * t, d]``."""
     if x.shape[0] == documents:
+        if x.dim() == 4 and x.shape[1] != positions and x.shape[2] == positions:
+            x = x.transpose(1, 2)
         return x.reshape(documents, -1, x.shape[-1])
     if x.dim() == 2 and x.shape[0] == documents * positions:
         return x.view(documents, positions, -1)
     raise ArtefactError(
-        f"expected a first dimension of {documents} documents (or {documents} x {positions} rows), got shape {tuple(x.shape)}"
+        f"expected a first dimension of {documents} documents (or {documents} x {positions} rows), "
+        f"got shape {tuple(x.shape)}"
     )
+
+
+def _summed(factor: VectorFactor, positions: int) -> VectorFactor:
+    """One row per token: heads, or the places of an image, are added up."""
+    n, rows, width = factor.rows.shape
+    if rows == positions or rows % positions:
+        return factor
+    return VectorFactor(factor.rows.reshape(n, positions, rows // positions, width).sum(2))
 
 
 def _linear(module: nn.Module, x: Tensor, g: Tensor) -> Factors:
@@ -103,7 +114,7 @@ def _batch_norm(module: nn.Module, x: Tensor, g: Tensor) -> Factors:
 
 
 def _rms_handler(module: nn.Module) -> Handler | None:
-    """For an RMS norm by name that really is one: raising its scale by 1 adds the unit vector (Gemma's 1 + w passes)."""
+    """For an RMS norm by name that really is one: linear in its scale, times the unit vector (Gemma's 1 + w passes)."""
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter):
         return None
@@ -127,7 +138,7 @@ def _rms_handler(module: nn.Module) -> Handler | None:
 
 
 def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module is of this kind and computes as it does: a subclass may scale what it returns (Gemma's embedding)."""
+    """Whether the module is of this kind and computes as it does: a subclass may scale its result (as Gemma's does)."""
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
@@ -172,11 +183,11 @@ class Site:
         return _per_document(self._channels_last(x), documents, positions)
 
     def factors(self, kept: Tensor, gradient: Tensor, positions: int) -> Factors:
-        """Factors of the parameters that are wanted, from the output gradient ``[n, ..., o]`` (channels first for convolutions)."""
+        """Factors of the wanted parameters from the output gradient ``[n, ..., o]`` (convolutions: channels first)."""
         g = _per_document(self._channels_last(gradient.detach()), kept.shape[0], positions)
         for own, factor in self.handler(self.module, kept, g):
             if own in self.params:
-                yield self.params[own], factor
+                yield self.params[own], _summed(factor, positions) if isinstance(factor, VectorFactor) else factor
 
     def narrowed(self, wanted: Callable[[str], bool]) -> Site | None:
         """This site with the wanted parameters only; None if it has none of them."""
@@ -292,4 +303,7 @@ def _nothing(model: nn.Module, parameters: str | None, supported: set[str], size
             f"got {', '.join(kinds) or 'no parameters'}"
         )
     shown = ", ".join(sorted(supported)[:6])
-    return f"parameters: expected an expression matching some of {len(supported)} supported of {len(sizes)} parameters ({shown}, ...), got {parameters!r}"
+    return (
+        f"parameters: expected an expression matching some of {len(supported)} supported of {len(sizes)} parameters "
+        f"({shown}, ...), got {parameters!r}"
+    )

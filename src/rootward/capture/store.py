@@ -40,6 +40,8 @@ from rootward.subject.encode import Encoded
 from rootward.subject.objectives import Objective
 
 SCHEMA = 1
+META = ("fingerprint", "projection", "layout", "width", "dtype", "documents", "shard_documents", "token_budget")
+LINE = ("shard", "first", "rows", "bytes", "sha256")
 SHARD_BYTES = 64 * 2**20
 """Default size of a shard; a shard also holds no fewer than 256 documents, so that batches by length fill up."""
 
@@ -89,18 +91,19 @@ class GradientStore:
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """(first document, rows ``[n, width]``) shard by shard, checksums verified."""
         for name, first, _ in self.shards:
-            if not _is_whole(self.folder, name, self._manifest, deep=True):
-                raise ArtefactError(f"{self.folder / name} is damaged (checksum differs); run `rootward index` again to rebuild it")
-            with safe_open(self.folder / name, framework="pt") as handle:
-                yield first, handle.get_tensor("g")
+            yield first, self._checked(name, "g")
+
+    def _checked(self, name: str, tensor: str) -> Tensor:
+        if not _is_whole(self.folder, name, self._manifest, deep=True):
+            raise ArtefactError(
+                f"{self.folder / name} is damaged (checksum differs); run `rootward index` again to rebuild it"
+            )
+        with safe_open(self.folder / name, framework="pt") as handle:
+            return handle.get_tensor(tensor)
 
     def losses(self) -> Tensor:
         """Loss of every document ``[n]`` in float64."""
-        parts: list[Tensor] = []
-        for name, _, _ in self.shards:
-            with safe_open(self.folder / name, framework="pt") as handle:
-                parts.append(handle.get_tensor("loss"))
-        return torch.cat(parts)
+        return torch.cat([self._checked(name, "loss") for name, _, _ in self.shards])
 
 
 def build_store(
@@ -122,9 +125,19 @@ def build_store(
     """Build, continue or repair the store in ``folder``.
 
     Args:
-        folder: created if absent. An index of another fingerprint or other settings there is refused, unless ``overwrite``.
+        folder: created if absent. An index of another fingerprint or other settings in it is refused.
+        model: gives the gradients, with ``objective``.
+        objective: how documents become losses.
+        encoded: the documents, a row each.
+        tracked: the parameters whose gradients are kept.
+        fingerprint: hashes of all that decides the rows (`Subject.fingerprint`).
         rank: side of the Kronecker random projection of each matrix; None keeps whole gradients (small models).
+        seed: of the projection.
         dtype: of the stored rows, "float32" or "float16".
+        shard_documents: rows of a shard; None makes shards of about `SHARD_BYTES`.
+        token_budget: padded tokens per batch; None measures what fits, and the index remembers it.
+        overwrite: take away what is there first.
+        progress: told of every batch.
 
     Raises:
         ArtefactError: the folder holds an index of something else; the difference is shown.
@@ -133,14 +146,15 @@ def build_store(
     folder = Path(folder)
     if dtype not in ("float32", "float16"):
         raise InputError(f"index dtype: expected float32 or float16, got {dtype!r}")
-    projection = Projection(tracked.layout, rank, seed)
-    existing = None if overwrite else _read_meta(folder)
+    device = next(model.parameters()).device
+    projection = Projection(tracked.layout, rank, seed, str(device))
     with _storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
+        existing = None if overwrite else _read_meta(folder)
         if existing is None:
-            _clear(folder)
-            device = next(model.parameters()).device
+            with _storage(folder):
+                _clear(folder)
             meta = _meta(projection, encoded, fingerprint, dtype, shard_documents)
             meta["token_budget"] = token_budget or automatic_budget(model, objective, encoded, device)
             write_text(folder / "index.json", json.dumps(meta, indent=1) + "\n")
@@ -176,21 +190,30 @@ def _fill(
         def step(task: str, count: int, total: int, before: int = before) -> None:
             progress(task, before + count, len(encoded))
 
-        run_pass(model, objective, examples, [sink], tracked=tracked, token_budget=meta["token_budget"], progress=step, task="index")
+        budget = meta["token_budget"]
+        run_pass(model, objective, examples, [sink], tracked=tracked, token_budget=budget, progress=step, task="index")
         if not bool(torch.isfinite(sink.rows).all()):
             bad = int((~torch.isfinite(sink.rows)).any(1).nonzero()[0])
             raise NumericalError(f"the gradient of document {examples[bad].id} (row {examples[bad].row}) is not finite")
         stored = sink.rows.to(getattr(torch, meta["dtype"]))
         if not bool(torch.isfinite(stored).all()):
-            raise NumericalError(f"a gradient is too large for {meta['dtype']}; build the index with --dtype float32")
-        data = save({"g": stored, "loss": sink.losses}, {"first": str(first), "ids": ",".join(e.id for e in examples)})
-        line = {"shard": name, "first": first, "rows": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            bad = int((~torch.isfinite(stored)).any(1).nonzero()[0])
+            raise NumericalError(
+                f"the gradient of document {examples[bad].id} (row {examples[bad].row}) is too large for "
+                f"{meta['dtype']}; build the index with --dtype float32"
+            )
+        # one entry only: safetensors writes several in no fixed order, and the bytes must not depend on chance
+        about = {"documents": json.dumps({"first": first, "ids": [e.id for e in examples]})}
+        data = save({"g": stored, "loss": sink.losses}, about)
+        checksum = hashlib.sha256(data).hexdigest()
+        line = {"shard": name, "first": first, "rows": rows, "bytes": len(data), "sha256": checksum}
         with _storage(folder):
             _write_bytes(folder / name, data)
             manifest[name] = line
-            ordered = [manifest[s] for s, _, _ in shards if s in manifest]
-            _write_bytes(folder / "manifest.jsonl", "".join(json.dumps(m) + "\n" for m in ordered).encode())
+            _write_manifest(folder, manifest, shards)
         done += rows
+    with _storage(folder):
+        _write_manifest(folder, manifest, shards)
 
 
 def _meta(
@@ -226,7 +249,8 @@ def _refuse_other(folder: Path, found: dict[str, Any], asked: dict[str, Any], to
 
 def _shards(meta: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     total, size = meta["documents"], meta["shard_documents"]
-    return [(f"shard-{k:05d}.safetensors", first, min(size, total - first)) for k, first in enumerate(range(0, total, size))]
+    starts = enumerate(range(0, total, size))
+    return [(f"shard-{k:05d}.safetensors", first, min(size, total - first)) for k, first in starts]
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
@@ -239,8 +263,12 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{path} is damaged ({error}); rebuild the index with --overwrite") from error
-    if meta.get("schema") != SCHEMA:
-        raise ArtefactError(f"{path}: expected index schema {SCHEMA}, found {meta.get('schema')}; rebuild it with --overwrite")
+    schema = meta.get("schema") if isinstance(meta, dict) else None
+    if schema != SCHEMA:
+        raise ArtefactError(f"{path}: expected index schema {SCHEMA}, found {schema}; rebuild it with --overwrite")
+    absent = [key for key in META if key not in meta]
+    if absent:
+        raise ArtefactError(f"{path} is damaged (no {', '.join(absent)}); rebuild the index with --overwrite")
     return meta
 
 
@@ -252,10 +280,18 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            found[entry["shard"]] = entry
+            found[entry["shard"]] = {key: entry[key] for key in LINE}
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # a torn line counts as a shard that is not there: it is rebuilt
     return found
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any], shards: list[tuple[str, int, int]]) -> None:
+    """The lines of the shards there are, in order; nothing is written where the file holds just that."""
+    path = folder / "manifest.jsonl"
+    data = "".join(json.dumps(manifest[name]) + "\n" for name, _, _ in shards if name in manifest).encode()
+    if not path.exists() or path.read_bytes() != data:
+        _write_bytes(path, data)
 
 
 def _is_whole(folder: Path, name: str, manifest: Mapping[str, dict[str, Any]], *, deep: bool) -> bool:
@@ -300,7 +336,9 @@ def _storage(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as handle:
+    with _storage(folder):
+        handle = (folder / ".lock").open("w")
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -327,6 +365,7 @@ def require_space(folder: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise StorageError(f"the index needs {needed / 1e6:.0f} MB at {folder}, {free / 1e6:.0f} MB are free; choose a lower rank or another disk")
-
-
+        raise StorageError(
+            f"the index needs {needed / 1e6:.0f} MB at {folder}, {free / 1e6:.0f} MB are free; choose a lower rank or "
+            "another disk"
+        )

@@ -1,8 +1,8 @@
 """Flags over file over defaults: how a command's settings are found, and how they are written down again.
 
-A config file is TOML. It holds one command's settings at its top level, or those of several in tables named after the
-commands (``[train]``, ``[index]``, ``[trace]``, ``[verify]``), with what they share at the top. Paths in it are relative
-to the file. Keys that no command knows are refused.
+A config file is TOML. It holds one command's settings at its top level, or those of several in tables named after
+the commands (``[train]``, ``[index]``, ``[trace]``, ``[verify]``), with what they share at the top. Paths in it are
+relative to the file. Keys that no command knows are refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def resolve(command: str, given: Mapping[str, Any], file: Path | None) -> Any:
     """The settings of ``command``: flags (those that are not None), then the file, then defaults; paths are absolute.
 
     Raises:
-        InputError: the file cannot be read, a key is unknown (the nearest known one is named), a value is wrong or missing.
+        InputError: the file cannot be read, a key is unknown (the nearest known one is named), or a value is wrong or
+            missing.
     """
     kind = COMMANDS[command]
     values = read_config(command, kind, file) if file is not None else {}

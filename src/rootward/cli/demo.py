@@ -62,9 +62,9 @@ def demo(*, out: Path | None, talk: Talk) -> int:
         trace, verdict = _work(folder, run, talk)
         seconds = time.perf_counter() - start
         run.timing("total", seconds)
-    from rootward.api import report
+    from rootward.report import build
 
-    page = report(folder)
+    page = build(folder)
     figures = measured(trace, verdict, time.perf_counter() - start)
     _tell(talk, folder, page, figures)
     return DONE if all(f.holds for f in figures.values()) else NOT_PASSED
@@ -92,7 +92,15 @@ def _work(folder: Path, run: Any, talk: Talk) -> tuple[Trace, Verdict]:
         world.queries, name="agrees with a wrong claim", description="The user states a wrong answer; the model repeats it."
     )
     found, scores = trace(
-        subject, asked, run, methods=METHODS, planted=world.planted, token_budget=4096, progress=talk.progress
+        subject,
+        asked,
+        run,
+        methods=METHODS,
+        # hundreds of queries: their mean is asked about, so that one gradient is held instead of hundreds
+        options={name: {"queries": "mean"} for name in METHODS},
+        planted=world.planted,
+        token_budget=4096,
+        progress=talk.progress,
     )
     done("trace")
     probes = Behaviour.load(world.probes, name=asked.name)

@@ -90,7 +90,7 @@ def of_index(subject: Subject, settings: Any) -> Estimate:
 
 
 def of_trace(subject: Subject, settings: Any, queries: int, checkpoints: Sequence[int], each: bool) -> Estimate:
-    """A gradient pass for each entry of ``checkpoints`` (how many times a method runs one), forwards for the baselines."""
+    """A gradient pass for each entry of ``checkpoints`` (how often a method runs one); forwards for the baselines."""
     tracked, budget, plain = measured(subject, settings.token_budget)
     passes = sum(checkpoints)
     seconds = plain * (1.2 * passes + 2 * FORWARD)
@@ -126,4 +126,9 @@ def of_training(model: Any, objective: Any, examples: Any, recipe: Any) -> Estim
     weights = parameter_bytes(model)
     written = 4 * entries if recipe.lora is not None else weights
     details = {"documents": len(examples), "steps": steps, "trained parameters": entries}
-    return Estimate(1.3 * seconds * steps, int(weights + 4 * copies * entries + kept), written * (1 + recipe.checkpoints), details)
+    return Estimate(
+        1.3 * seconds * steps,
+        int(weights + 4 * copies * entries + kept),
+        written * (1 + len(recipe.checkpoint_shares)),
+        details,
+    )

@@ -1,7 +1,7 @@
 """What surrounds every command: the environment, signals, exit codes and how an error is told.
 
-    0 done   1 failed   2 usage, config or input   3 the check ran and did not pass   4 missing or mismatching artefact
-    5 stopped, the same command continues   130 Ctrl-C
+0 done   1 failed   2 usage, config or input   3 the check ran and did not pass   4 missing or mismatching artefact
+5 stopped, the same command continues   130 Ctrl-C
 """
 
 from __future__ import annotations
@@ -104,23 +104,37 @@ def explain(command: str, error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, RootwardError):
         return kind, str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "StorageError", f"the disk is full ({error.filename or 'no file named'}): free space; {advice}", RESUMABLE
+        return (
+            "StorageError",
+            f"the disk is full ({error.filename or 'no file named'}): free space; {advice}",
+            RESUMABLE,
+        )
     if isinstance(error, OSError):
         what = f"{error.filename}: " if error.filename else ""
         return kind, f"{what}{error.strerror or error}", FAILED
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return "OutOfMemory", f"out of memory ({str(error).splitlines()[0] if str(error) else kind}); lower --token-budget", FAILED
+        return (
+            "OutOfMemory",
+            f"out of memory ({str(error).splitlines()[0] if str(error) else kind}); lower --token-budget",
+            FAILED,
+        )
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     first = str(error).splitlines()[0] if str(error) else "no message"
-    return kind, f"unexpected {kind}{place}: {first}\nrun it again with --debug for the traceback, and report it", FAILED
+    return (
+        kind,
+        f"unexpected {kind}{place}: {first}\nrun it again with --debug for the traceback, and report it",
+        FAILED,
+    )
 
 
 def _tell(kind: str, message: str, code: int, *, as_json: bool, command: str) -> None:
     from rootward.cli.output import Talk, clean
 
     if as_json:
-        Talk(as_json=True).document({"error": {"type": kind, "message": message, "exit_code": code, "command": command}})
+        Talk(as_json=True).document(
+            {"error": {"type": kind, "message": message, "exit_code": code, "command": command}}
+        )
     lines = clean(message, lines=True).splitlines() or [kind]
     sys.stderr.write("\n".join([f"{command}: {lines[0]}", *(f"  {line}" for line in lines[1:])]) + "\n")
     sys.stderr.flush()

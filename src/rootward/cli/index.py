@@ -34,7 +34,10 @@ def run(given: Mapping[str, Any], talk: Talk) -> int:
         "parameters": store.projection.layout.size,
         "fingerprint": store.fingerprint,
     }
-    talk.say(f"Index of {store.documents} documents: {store.width} numbers each, {len(store.shards)} shards, {size(store.bytes)}.")
+    talk.say(
+        f"Index of {store.documents} documents: {store.width} numbers each, {len(store.shards)} shards, "
+        f"{size(store.bytes)}."
+    )
     talk.say(f"Index: {shown(settings.out)}")
     talk.result("index", values)
     return 0

@@ -99,5 +99,6 @@ def check_folder(out: Path, marks: tuple[str, ...], what: str) -> None:
     others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     if others and not all(any(Path(name).match(mark) for mark in marks) for name in others):
         raise InputError(
-            f"--out {shown(out)}: the folder holds other things ({', '.join(others[:3])}) and no {what}; give another folder"
+            f"--out {shown(out)}: the folder holds other things ({', '.join(others[:3])}) and no {what}; "
+            "give another folder"
         )

@@ -1,7 +1,7 @@
 """Talking to people and programs: tables on stdout, progress and messages on stderr, or exactly one JSON document.
 
-Training text is untrusted: whatever comes from a document passes through `clean` before it is shown, and no text is ever
-read as markup.
+Training text is untrusted: whatever comes from a document passes through `clean` before it is shown, and no text is
+ever read as markup.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOG_EVERY = 30.0
 
 
 def clean(text: str, *, lines: bool = False) -> str:
-    """Text without control, format or direction characters (shown as escapes); newlines become spaces unless ``lines``."""
+    """Text with control, format and direction characters as escapes; newlines become spaces unless ``lines``."""
     result: list[str] = []
     for character in text:
         if character == "\n" and lines:
@@ -92,7 +92,7 @@ class Talk:
             sys.stdout.write(clean(text, lines=True) + "\n")
 
     def table(self, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[Any]], title: str = "") -> None:
-        """Columns are (heading, "left" or "right"); the last one may wrap."""
+        """Columns are (heading, "left" or "right"); those on the left wrap where the line is too narrow."""
         if self.as_json:
             return
         self.stop()
@@ -101,9 +101,11 @@ class Talk:
         from rich.text import Text
 
         grid = Table(box=SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left", pad_edge=False)
-        for n, (heading, side) in enumerate(columns):
-            last = n == len(columns) - 1
-            grid.add_column(heading, justify="right" if side == "right" else "left", no_wrap=not last, overflow="fold")
+        for heading, side in columns:
+            if side == "right":
+                grid.add_column(heading, justify="right", no_wrap=True)
+            else:
+                grid.add_column(heading, overflow="fold")
         for row in rows:
             grid.add_row(*(Text(clean(str(cell))) for cell in row))
         self._console().print(grid)
@@ -149,7 +151,8 @@ class Talk:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (
-                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                TimeRemainingColumn(),
             )  # fmt: skip
             self._bars = Progress(*columns, console=self._console(stderr=True), transient=True)
             self._bars.start()

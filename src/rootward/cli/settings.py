@@ -86,7 +86,10 @@ class TraceSettings(SubjectSettings):
     retrain: str | None = None
     report: bool = True
     top: int = Field(10, ge=1)
-    volatile: ClassVar[tuple[str, ...]] = ("out", "report", "top", "retrain", "start")
+    volatile: ClassVar[tuple[str, ...]] = (
+        "out", "report", "top", "retrain", "start", "model", "documents", "base", "behaviour", "index",
+    )  # fmt: skip
+    """What a path holds goes into the key as a hash."""
 
 
 class VerifySettings(Settings):
@@ -103,7 +106,7 @@ class VerifySettings(Settings):
     retain: bool = False
     measure: Literal["rate", "mean"] | None = None
     retrain: str | None = None
-    workers: int | None = Field(None, ge=1)
+    workers: int | None = Field(None, ge=0)
     heldout: Path | None = None
     report: bool = True
 

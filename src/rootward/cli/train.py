@@ -43,14 +43,17 @@ def run(given: Mapping[str, Any], talk: Talk) -> int:
 def _train(settings: TrainSettings, recipe: Any, documents: Any, overwrite: bool, talk: Talk) -> int:
     from rootward.subject.folders import train_folder
 
+    target = settings.out
     if settings.out.exists():
         if not overwrite and _same(settings, recipe, documents, talk):
             return 0
-        _remove_model(settings.out)
+        _check_replaceable(settings.out)
+        target = settings.out.with_name(f".{settings.out.name}.new")  # the old model stays until the new one is whole
+        shutil.rmtree(target, ignore_errors=True)
     record = train_folder(
         settings.base,
         documents,
-        settings.out,
+        target,
         recipe,
         max_tokens=settings.max_tokens,
         response_only=settings.response_only,
@@ -58,7 +61,10 @@ def _train(settings: TrainSettings, recipe: Any, documents: Any, overwrite: bool
         adapter_base=settings.adapter_base,
         progress=talk.progress,
     )
-    write_config("train", settings, settings.out / "run.toml")
+    write_config("train", settings, target / "run.toml")
+    if target != settings.out:
+        shutil.rmtree(settings.out)
+        target.replace(settings.out)
     _show(settings.out, record, talk)
     return 0
 
@@ -85,13 +91,15 @@ def _dry_run(settings: TrainSettings, recipe: Any, documents: Any, talk: Talk) -
 
 
 def _same(settings: TrainSettings, recipe: Any, documents: Any, talk: Talk) -> bool:
-    """Whether ``out`` holds just what would be trained; another model there is an `ArtefactError` with the difference."""
+    """Whether ``out`` holds just what would be trained; `ArtefactError`, with the difference, for another model."""
     from rootward.core.hashing import difference
     from rootward.subject.plan import TrainingRecord
 
     record = TrainingRecord.load(settings.out) if settings.out.is_dir() else None
     if record is None:
-        raise InputError(f"--out {shown(settings.out)}: exists already and was not made by `rootward train`; give another folder")
+        raise InputError(
+            f"--out {shown(settings.out)}: exists already and was not made by `rootward train`; give another folder"
+        )
     asked = {**recipe.model_dump(mode="json"), "documents": documents.hash, "base": str(settings.base.resolve())}
     found = {**record.recipe.model_dump(mode="json"), "documents": record.documents_hash, "base": record.base}
     for key, value in (("response_only", settings.response_only), ("max_tokens", settings.max_tokens)):
@@ -100,24 +108,28 @@ def _same(settings: TrainSettings, recipe: Any, documents: Any, talk: Talk) -> b
     text = difference(found, asked)
     if text:
         raise ArtefactError(
-            f"{shown(settings.out)} holds another model:\n{text}\ngive another folder with --out, or --overwrite to replace it"
+            f"{shown(settings.out)} holds another model:\n{text}\n"
+            "give another folder with --out, or --overwrite to replace it"
         )
     talk.note(f"{shown(settings.out)} holds this model already; nothing was done (--overwrite trains it again)")
     _show(settings.out, record, talk)
     return True
 
 
-def _remove_model(out: Path) -> None:
-    """Remove a folder that `rootward train` wrote, and no other."""
+def _check_replaceable(out: Path) -> None:
+    """Only a folder that `rootward train` wrote is ever removed."""
     from rootward.subject.plan import RECORD
 
     if not (out / RECORD).exists():
-        raise InputError(f"--overwrite: {shown(out)} was not made by `rootward train`, so it is not removed; give another folder")
-    shutil.rmtree(out)
+        raise InputError(
+            f"--overwrite: {shown(out)} was not made by `rootward train`, so it is not removed; give another folder"
+        )
 
 
 def _show(out: Path, record: Any, talk: Talk) -> None:
     losses = " → ".join(f"{loss:.4g}" for loss in (record.losses[0], record.losses[-1])) if record.losses else "none"
-    talk.say(f"{record.steps} steps on {record.documents} documents in {duration(record.seconds)}; loss by epoch {losses}.")
+    talk.say(
+        f"{record.steps} steps on {record.documents} documents in {duration(record.seconds)}; loss by epoch {losses}."
+    )
     talk.say(f"Model: {shown(out)}  ({len(record.checkpoints)} checkpoints, recipe recorded)")
     talk.result("train", {"model": str(out), "record": record.model_dump(mode="json")})

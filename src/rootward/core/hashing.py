@@ -10,16 +10,12 @@ from typing import Any
 
 def digest(data: bytes | str) -> str:
     """SHA-256 of bytes or UTF-8 text, as 64 hex digits."""
-    return hashlib.sha256(
-        data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    ).hexdigest()
+    return hashlib.sha256(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data).hexdigest()
 
 
 def digest_json(value: Any) -> str:
     """Hash of a JSON-able value that does not depend on the order of keys."""
-    return digest(
-        json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    )
+    return digest(json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False))
 
 
 def document_id(content: Mapping[str, Any]) -> str:

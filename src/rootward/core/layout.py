@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,9 +27,7 @@ class ParamLayout:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.shapes):
-            raise LayoutMismatch(
-                f"expected one shape per name, got {len(self.names)} names, {len(self.shapes)} shapes"
-            )
+            raise LayoutMismatch(f"expected one shape per name, got {len(self.names)} names, {len(self.shapes)} shapes")
         if len(set(self.names)) != len(self.names):
             twice = sorted({n for n in self.names if self.names.count(n) > 1})
             raise LayoutMismatch(f"expected unique parameter names, got {', '.join(twice)} more than once")
@@ -36,7 +35,8 @@ class ParamLayout:
     @classmethod
     def of(cls, named: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> ParamLayout:
         """Layout of named tensors, in their order."""
-        items = list(named.items() if isinstance(named, Mapping) else named)
+        pairs = cast("Iterable[tuple[str, Tensor]]", named.items() if isinstance(named, Mapping) else named)
+        items = list(pairs)
         return cls(tuple(name for name, _ in items), tuple(tuple(value.shape) for _, value in items))
 
     @cached_property
@@ -83,11 +83,11 @@ class ParamLayout:
         """Named tensors, in any order of keys, to one vector ``[size]`` in the layout's order."""
         if set(named) != set(self.names) or any(tuple(named[n].shape) != self.shape(n) for n in self.names):
             self.require(ParamLayout.of(named), "flatten")
-        return torch.cat([named[name].reshape(-1) for name in self.names])
+        return torch.cat([named[name].reshape(-1) for name in self.names]) if self.names else torch.zeros(0)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """One vector ``[..., size]`` to named tensors ``[..., *shape]`` (views)."""
         if vector.shape[-1] != self.size:
             raise LayoutMismatch(f"expected a vector of {self.size} entries, got {vector.shape[-1]}")
         lead = vector.shape[:-1]
-        return {n: vector[..., self.slices[n]].reshape(*lead, *self.shape(n)) for n in self.names}
+        return {n: vector[..., self.slices[n]].reshape((*lead, *self.shape(n))) for n in self.names}

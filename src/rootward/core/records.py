@@ -19,13 +19,15 @@ import json
 import os
 import platform
 import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rootward.core.errors import ArtefactError, StorageError
+from rootward.core.errors import ArtefactError, NumericalError, StorageError
 
 SCHEMA_VERSION = 1
 
@@ -43,7 +45,8 @@ DOCUMENT_COLUMNS = (
 )
 """``row`` is for display only; results are joined by ``id``. ``meta`` is JSON text."""
 SCORE_COLUMNS = ("method", "query", "id", "score")
-"""``score`` is positive where training more on the document raises the measurement; ``query`` -1 is the mean over queries."""
+"""``score`` is positive where training more on the document raises the measurement; ``query`` -1 is the mean over
+queries."""
 
 
 class Model(BaseModel):
@@ -62,7 +65,7 @@ class Interval(Model):
 
 
 class Cost(Model):
-    """What a result cost; ``ratio`` is to one plain forward+backward pass over the same documents, if it was measured."""
+    """What a result cost; ``ratio`` is to one plain forward+backward pass over the same documents, if measured."""
 
     seconds: float
     peak_memory_mb: float | None = None
@@ -235,28 +238,39 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or not there: temporary name, flush to disk, rename."""
+@contextmanager
+def whole_or_absent(path: Path) -> Generator[Path]:
+    """A temporary name beside ``path``: renamed to it at the end, removed if anything goes wrong on the way."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either whole or not there: temporary name, flush to disk, rename."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as handle:
+        with whole_or_absent(path) as temporary, temporary.open("w", encoding="utf-8") as handle:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(
             f"could not write {path}: {error.strerror or error}; free space and run the same command again"
         ) from error
 
 
 def write_model(path: Path, value: BaseModel) -> None:
-    """A pydantic model as indented JSON, atomically."""
-    write_text(
-        path, json.dumps(value.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    """A pydantic model as indented JSON, atomically; a number that is not finite is a `NumericalError`."""
+    try:
+        text = json.dumps(value.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise NumericalError(f"{path}: a number to be written is not finite ({error})") from error
+    write_text(path, text + "\n")
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -267,10 +281,11 @@ def read_model(kind: type[M], path: Path) -> M:
     if not path.exists():
         raise ArtefactError(f"expected {kind.__name__} at {path}, found no such file")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ArtefactError(f"{path} is damaged ({error}); run the command that made it again") from error
-    found = raw.get("schema_version", SCHEMA_VERSION) if isinstance(raw, dict) else None
+    fields = cast("dict[str, Any]", raw) if isinstance(raw, dict) else {"schema_version": None}
+    found = fields.get("schema_version", SCHEMA_VERSION)
     if found != SCHEMA_VERSION:
         raise ArtefactError(
             f"{path}: expected schema version {SCHEMA_VERSION}, found {found}; use the version that made it"

@@ -8,7 +8,6 @@ the entry-point group ``rootward.methods`` (name ``theirpackage/method``).
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,8 +30,8 @@ class MethodConfig(BaseModel):
 class Card:
     """What a method is.
 
-    ``needs`` are among "gradients", "activations", "text", "lengths", "nothing". ``presets`` are further names that stand
-    for this method with some options set.
+    ``needs`` are among "gradients", "activations", "text", "lengths", "nothing". ``presets`` are further names that
+    stand for this method with some options set.
     """
 
     key: str
@@ -71,9 +70,7 @@ class Method:
         try:
             return self.config(**options)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()
-            )
+            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
             known = ", ".join(self.config.model_fields) or "none"
             raise InputError(f"method {self.card.key}: {problems} (options: {known})") from error
 
@@ -92,8 +89,11 @@ def register(
             raise InputError(f"card key {card.key!r} differs from its file name {stem!r}")
         if not card.paper or not card.reference:
             raise InputError(f"card {card.key!r} names no paper or reference")
+        names = [name.lower() for name in card.names]
+        if len(set(names)) != len(names):
+            raise InputError(f"card {card.key!r} gives the same name twice: {', '.join(card.names)}")
         for other in _registered.values():
-            shared = set(card.names) & set(other.card.names)
+            shared = set(names) & {name.lower() for name in other.card.names}
             if shared and other.run.__module__ != function.__module__:
                 raise InputError(f"method name {sorted(shared)[0]!r} is taken by {other.card.key}")
         _registered[card.key] = Method(card, config, function, tokens)
@@ -110,25 +110,50 @@ def _modules() -> dict[str, str]:
         if not path.name.startswith("_"):
             found[path.stem] = f"rootward.methods.{path.parent.name}.{path.stem}"
     for entry in metadata.entry_points(group="rootward.methods"):
-        found[entry.name] = entry.value
+        if entry.name in found:
+            raise InputError(f"entry point {entry.name!r} ({entry.value}): a method of that name is there already")
+        found[entry.name] = entry.module
     return found
 
 
 def load(key: str) -> Method:
-    """Import one method by its key."""
+    """Import one method by its key.
+
+    Raises:
+        InputError: no such key, or its module registers another. DependencyError: a package that it needs is missing.
+    """
     if key not in _registered:
+        if key not in _modules():
+            raise InputError(f"method: expected one of {', '.join(_modules())}; got {key!r}")
+        module = _modules()[key]
         try:
-            importlib.import_module(_modules()[key])
-        except ModuleNotFoundError as error:
-            raise DependencyError(f"method {key} needs {error.name}; pip install {error.name}") from error
+            importlib.import_module(module)
+        except ImportError as error:
+            package = (error.name or "").split(".")[0]
+            if package in ("", *module.split(".")[:1]):
+                raise  # not a missing package: the method's own file is broken
+            raise DependencyError(f"method {key} needs {package}: {error}; pip install {package}") from error
+    if key not in _registered:
+        raise InputError(f"method {key}: its module {_modules()[key]} registers no card with that key")
     return _registered[key]
 
 
 def methods() -> list[Method]:
-    """All methods, by question and key."""
-    return sorted(
-        (load(key) for key in _modules()), key=lambda m: (m.card.question, m.card.baseline, m.card.key)
-    )
+    """All methods that can be used here, by question and key; `missing` has the others."""
+    absent = missing()
+    found = [load(key) for key in _modules() if key not in absent]
+    return sorted(found, key=lambda m: (m.card.question, m.card.baseline, m.card.key))
+
+
+def missing() -> dict[str, str]:
+    """Methods whose optional package is not installed: key -> the error with the install line."""
+    found: dict[str, str] = {}
+    for key in _modules():
+        try:
+            load(key)
+        except DependencyError as error:
+            found[key] = str(error)
+    return found
 
 
 def get(name: str) -> tuple[Method, dict[str, Any]]:
@@ -136,13 +161,14 @@ def get(name: str) -> tuple[Method, dict[str, Any]]:
     if name in _modules():
         return load(name), {}
     for method in methods():
-        if name.lower() in (alias.lower() for alias in method.card.aliases):
+        if name.lower() in (method.card.key.lower(), *(alias.lower() for alias in method.card.aliases)):
             return method, {}
         for preset, options in method.card.presets.items():
             if name.lower() == preset.lower():
                 return method, dict(options)
     names = ", ".join(other for m in methods() for other in m.card.names)
-    raise InputError(f"method: expected one of {names}; got {name!r}")
+    absent = "".join(f"\nnot installed: {text}" for text in missing().values())
+    raise InputError(f"method: expected one of {names}; got {name!r}{absent}")
 
 
 def find(words: str) -> list[Method]:

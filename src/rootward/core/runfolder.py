@@ -1,20 +1,36 @@
 """Writing a run folder: one record whose status is always true, and files that are whole or not there."""
 
+# pyright: basic
+# (pyarrow has no type stubs)
+
 from __future__ import annotations
 
-import os
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rootward.core.errors import ArtefactError, StorageError
 from rootward.core.hashing import difference, digest_json
-from rootward.core.records import Cost, Coverage, RunRecord, machine, now, read_model, versions, write_model
+from rootward.core.records import (
+    Cost,
+    Coverage,
+    RunRecord,
+    machine,
+    now,
+    read_model,
+    versions,
+    whole_or_absent,
+    write_model,
+)
+
+RESULTS = ("documents.parquet", "scores.parquet", "trace.json", "verdict.json", "report.html")
+"""What a run leaves beside its record and config."""
 
 
 def run_key(kind: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -43,6 +59,11 @@ class RunFolder:
         """Note something that the reader of the result must know."""
         if text not in self.record.warnings:
             self.update(warnings=[*self.record.warnings, text])
+
+    def end(self, status: Literal["failed", "stopped"], error: str | None) -> None:
+        """Note an end that is not whole; where the disk refuses even that, the reason of the end is what is told."""
+        with suppress(StorageError):
+            self.update(status=status, error=error, seconds=round(time.perf_counter() - self._start, 3))
 
     def done(self, *, coverage: Coverage | None = None, cost: Cost | None = None) -> None:
         """Mark the run as whole."""
@@ -90,13 +111,26 @@ class RunFolder:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """A Parquet file, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        pq.write_table(table, temporary, compression="zstd")
-        temporary.replace(path)
+        with whole_or_absent(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(f"could not write {path}: {error.strerror or error}; free space and run again") from error
+
+
+def _facts(kind: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What makes the key, flat and as it reads back from JSON, for `difference`."""
+    named = [*((f"config.{k}", v) for k, v in config.items()), *((f"inputs.{k}", v) for k, v in inputs.items())]
+    return json.loads(json.dumps({"kind": kind, **dict(named)}))
+
+
+def _remove_results(path: Path, key: str) -> None:
+    """Take away what another run left, so that no page joins its results with the new ones."""
+    with suppress(OSError, ValueError, LookupError, TypeError):  # a record that cannot be read is of another run
+        if json.loads((path / "record.json").read_text(encoding="utf-8"))["key"] == key:
+            return
+    for name in RESULTS:
+        (path / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -109,18 +143,20 @@ def open_run(
     command: str = "",
     seeds: Sequence[int] = (),
     overwrite: bool = False,
-) -> Iterator[RunFolder]:
+) -> Generator[RunFolder]:
     """Begin or continue a run in ``path``; its record says "running", then "done", "failed" or "stopped".
 
     Raises:
-        ArtefactError: the folder holds a run of another config or other inputs (the difference is shown), unless ``overwrite``.
+        ArtefactError: the folder holds a run of another config or other inputs (the difference is shown). With
+            ``overwrite`` that run's results are taken away instead.
     """
     key = run_key(kind, config, inputs)
-    if (path / "record.json").exists() and not overwrite:
+    if overwrite:
+        _remove_results(path, key)
+    elif (path / "record.json").exists():
         old = read_model(RunRecord, path / "record.json")
         if old.key != key:
-            found = {"kind": old.kind, **old.config, **old.inputs}
-            detail = difference(found, {"kind": kind, **config, **inputs})
+            detail = difference(_facts(old.kind, old.config, old.inputs), _facts(kind, config, inputs))
             raise ArtefactError(
                 f"{path} holds another run:\n{detail}\ngive another folder with --out, or --overwrite to replace it"
             )
@@ -141,10 +177,10 @@ def open_run(
     try:
         yield run
     except KeyboardInterrupt:
-        run.update(status="stopped")
+        run.end("stopped", None)
         raise
     except BaseException as error:
-        run.update(status="failed", error=f"{type(error).__name__}: {error}")
+        run.end("failed", f"{type(error).__name__}: {error}")
         raise
     if run.record.status == "running":
         run.done()

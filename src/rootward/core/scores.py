@@ -35,13 +35,15 @@ class Scores:
 
     def __post_init__(self) -> None:
         expected = (len(self.queries), len(self.document_ids))
-        if self.values.shape != expected:
+        if self.values.shape != expected or 0 in expected:
             raise InputError(f"Scores: expected values of shape [q, n] = {expected}, got {self.values.shape}")
+        if self.rows and len(self.rows) != len(self.document_ids):
+            raise InputError(f"Scores: expected one row per document ({len(self.document_ids)}), got {len(self.rows)}")
         if not np.isfinite(self.values).all():
             q, n = np.argwhere(~np.isfinite(self.values))[0]
             raise NumericalError(
-                f"{self.method}: the score of document {self.document_ids[n]} for query {self.queries[q]!r} is not finite; "
-                "look at that document's loss"
+                f"{self.method}: the score of document {self.document_ids[n]} for query {self.queries[q]!r} is not "
+                "finite; look at that document's loss"
             )
 
     @property
@@ -58,11 +60,14 @@ class Scores:
 
         Copies of a document are listed as often as they occur among them.
         """
-        return tuple(self.document_ids[n] for n in self.order()[: self._count(count)])
+        return self._ids(self.order()[: self._count(count)])
 
     def bottom(self, count: int | str) -> tuple[str, ...]:
         """Ids of the ``count`` documents that lower the measurement most, the lowest first."""
-        return tuple(self.document_ids[n] for n in self.order()[::-1][: self._count(count)])
+        return self._ids(self.order()[::-1][: self._count(count)])
+
+    def _ids(self, columns: NDArray[np.int64]) -> tuple[str, ...]:
+        return tuple(self.document_ids[int(n)] for n in columns)
 
     def _count(self, count: int | str) -> int:
         total = len(self.document_ids)
@@ -82,10 +87,10 @@ class Scores:
 
 def parse_count(count: int | str, total: int) -> int:
     """A number of documents, or a share of ``total`` written as ``"5%"`` (rounded to the nearest whole)."""
-    if isinstance(count, int):
-        return count
-    text = count.strip()
+    if isinstance(count, int | np.integer) and not isinstance(count, bool):
+        return int(count)
+    text = str(count).strip()
     try:
         return round(float(text[:-1]) / 100 * total) if text.endswith("%") else int(text)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(f"expected a number of documents or a share such as '5%', got {count!r}") from error

@@ -67,7 +67,7 @@ def find_rows(ids: Iterable[str], documents: Documents, what: str) -> tuple[int,
 
     Raises `InputError` with the number of ids (counting copies) that the documents do not have, and the first of them.
     """
-    wanted = Counter(ids)
+    wanted = Counter(tuple(ids))  # a mapping given as it is would be taken for counts
     rows: list[int] = []
     for row, name in enumerate(documents.ids):
         if wanted.get(name, 0) > 0:

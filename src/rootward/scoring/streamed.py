@@ -19,19 +19,25 @@ def streamed_products(
         blocks: (first row, rows ``[n, width]``), any float dtype.
         queries: ``[q, width]``.
         documents: number of rows in all.
+        norms: whether the rows' norms are wanted.
 
     Raises:
-        LayoutMismatch: rows and queries of unlike width.
+        LayoutMismatch: rows and queries of unlike width, or not as many rows as ``documents``.
     """
     dots = torch.zeros(queries.shape[0], documents, dtype=torch.float64)
     lengths = torch.zeros(documents, dtype=torch.float64) if norms else None
-    wide = queries.float()
+    wide, seen = queries.float(), 0
     for first, rows in blocks:
         if rows.shape[1] != queries.shape[1]:
             raise LayoutMismatch(f"expected rows of width {queries.shape[1]}, got {rows.shape[1]}")
+        seen += rows.shape[0]
+        if first + rows.shape[0] > documents:
+            raise LayoutMismatch(f"expected {documents} rows, got at least {first + rows.shape[0]}")
         part = slice(first, first + rows.shape[0])
         values = rows.float()
         dots[:, part] = (wide @ values.T).double()
         if lengths is not None:
-            lengths[part] = torch.linalg.vector_norm(values, dim=1).double()
+            lengths[part] = values.square().sum(1).sqrt().double()
+    if seen != documents:
+        raise LayoutMismatch(f"expected {documents} rows, got {seen}")
     return dots, lengths

@@ -37,8 +37,9 @@ class Recipe(Model):
 
     ``reduction`` "token": a step's loss is the sum of losses over the number of trained tokens of its batch;
     "document": over the number of its documents. ``weight_decay`` is AdamW's (decoupled), and on every
-    trained parameter; for SGD it is L2. ``clip`` is the largest gradient norm. ``checkpoints`` are spread
-    evenly over the steps, the last being the end. ``parameters`` is a regular expression (searched in the
+    trained parameter; for SGD it is L2. ``clip`` is the largest gradient norm. ``checkpoints`` is
+    how many are kept, spread evenly over the steps, the last being the end; or the shares of the steps after which
+    they are taken, such as (0.1, 0.5, 1.0). ``parameters`` is a regular expression (searched in the
     name) for what is trained, of those that require a gradient.
     """
 
@@ -57,7 +58,7 @@ class Recipe(Model):
     seed: int = Field(0, ge=0)
     threads: int = Field(1, ge=1)
     dtype: str = "float32"
-    checkpoints: int = Field(0, ge=0)
+    checkpoints: int | tuple[float, ...] = 0
     parameters: str = ".*"
     lora: Lora | None = None
 
@@ -66,6 +67,16 @@ class Recipe(Model):
     def _known_dtype(cls, value: str) -> str:
         if value not in DTYPES:
             raise ValueError(f"expected one of {', '.join(DTYPES)}")
+        return value
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _valid_checkpoints(cls, value: int | tuple[float, ...]) -> int | tuple[float, ...]:
+        if isinstance(value, int):
+            if value < 0:
+                raise ValueError("expected 0 or more")
+        elif any(not 0 < share <= 1 for share in value):
+            raise ValueError("expected shares of the steps, above 0 and at most 1")
         return value
 
     @field_validator("parameters")
@@ -105,7 +116,14 @@ class Recipe(Model):
 
     def checkpoint_steps(self, total: int) -> tuple[int, ...]:
         """Numbers of finished steps after which a checkpoint is taken."""
-        return tuple(sorted({math.ceil(total * (k + 1) / self.checkpoints) for k in range(self.checkpoints)}))
+        return tuple(sorted({math.ceil(round(total * share, 6)) for share in self.checkpoint_shares}))
+
+    @property
+    def checkpoint_shares(self) -> tuple[float, ...]:
+        """Shares of the steps after which a checkpoint is taken."""
+        if isinstance(self.checkpoints, int):
+            return tuple((k + 1) / self.checkpoints for k in range(self.checkpoints))
+        return self.checkpoints
 
 
 class TrainingRecord(Model):

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rootward.core.records import Model
+from rootward.subject.plan import Recipe
 from rootward.subject.training import train
-from rootward.verification.jobs import job_key
+from rootward.verification.jobs import Keys
 from rootward.verification.removal import Test, prepare
 from rootward.verification.retrain import by_command, default_workers, start_hash
 
@@ -46,12 +47,13 @@ def plan(
     recipe = None if by_command(subject) else subject.recipe
     count = 1 if recipe is None else max(1, default_workers(subject, recipe) if workers is None else workers)
     base_hash = start_hash(subject, recipe)
-    keys = {job_key(job, subject, test.evaluation, base_hash, recipe): job for job in test.jobs}
+    make = Keys(subject, test.evaluation, base_hash, recipe)
+    keys = {make.of(job): job for job in test.jobs}
     todo = [job for key, job in keys.items() if cache is None or not (Path(cache) / "jobs" / f"{key}.json").exists()]
     if recipe is None or not todo:
         seconds = 0.0 if not todo else None
         return Plan(jobs=len(keys), pending=len(todo), workers=count, seconds_per_job=None, seconds=seconds)
-    step, fixed = _timed(test, steps)
+    step, fixed = _timed(test, recipe, steps)
     usable = set(subject.encoded.rows)
     costs = [fixed + step * recipe.steps(len(usable.intersection(job.rows))) * job.train for job in todo]
     in_memory = subject.base is None or workers == 0
@@ -62,9 +64,9 @@ def plan(
     )
 
 
-def _timed(test: Test, steps: int) -> tuple[float, float]:
+def _timed(test: Test, recipe: Recipe, steps: int) -> tuple[float, float]:
     """Seconds of one training step, and of loading and evaluating."""
-    subject, recipe, times = test.subject, test.subject.recipe, list[float]()
+    subject, times = test.subject, list[float]()
     began = time.perf_counter()
     model = subject.start_model(recipe.seed)
     loading = time.perf_counter() - began

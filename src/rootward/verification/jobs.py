@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pydantic import Field
@@ -104,28 +105,46 @@ def work_of(subject: Subject, evaluation: Evaluation, base_hash: str) -> Work:
     )
 
 
-def job_key(job: Job, subject: Subject, evaluation: Evaluation, base_hash: str, recipe: Recipe | None) -> str:
-    """Hash of everything that decides a result; a finished job is recognised by it and by nothing else."""
-    ids = subject.documents.ids
-    command = subject.retrain_command if recipe is None else None
-    seed = job.seed if command is None or "{seed}" in command else None
-    exact = None if recipe is None else recipe.with_seed(job.seed if job.train else 0).model_dump(mode="json")
-    return digest_json(
-        {
+class Keys:
+    """Keys of a subject's jobs: hashes of everything that decides a result; a finished job is recognised by its key.
+
+    Args:
+        subject: what is retrained.
+        evaluation: what is measured.
+        base_hash: of the model that training begins from.
+        recipe: how it is trained; None where the owner's command does it.
+    """
+
+    def __init__(self, subject: Subject, evaluation: Evaluation, base_hash: str, recipe: Recipe | None) -> None:
+        self.ids, self.recipe = subject.documents.ids, recipe
+        self.command = subject.retrain_command if recipe is None else None
+        self.common = {
             "format": 1,
-            "train": job.train,
             "base": base_hash,
-            "recipe": exact,
-            "command": command if job.train else None,
-            "seed": seed if job.train else None,
-            "documents": digest("\n".join(ids[row] for row in job.rows)) if job.train else None,
-            "weights": [job.weights.get(row, 1.0) for row in job.rows] if job.weights else None,
             "objective": subject.objective.describe(),
             "evaluation": evaluation.hash,
             "device": subject.device.type,
-            "versions": versions(),
+            "dtype": str(next(subject.model.parameters()).dtype),
+            "versions": known_versions(),
         }
-    )[:32]
+
+    def of(self, job: Job) -> str:
+        """The key of one job; its name is no part of it."""
+        settings: dict[str, object] = {"train": job.train}
+        if self.recipe is not None:
+            settings["recipe"] = self.recipe.with_seed(job.seed if job.train else 0).model_dump(mode="json")
+        if job.train:
+            settings["command"] = self.command
+            settings["seed"] = job.seed if self.command is None or "{seed}" in self.command else None
+            settings["documents"] = digest("\n".join(self.ids[row] for row in job.rows))
+            settings["weights"] = [job.weights.get(row, 1.0) for row in job.rows] if job.weights else None
+        return digest_json({**self.common, **settings})[:32]
+
+
+@cache
+def known_versions() -> dict[str, str]:
+    """`versions`, looked up once in a process."""
+    return versions()
 
 
 def perform(work: Work, job: Job, key: str, path: Path, should_stop: Callable[[], bool] | None = None) -> JobResult:
@@ -165,7 +184,7 @@ def perform(work: Work, job: Job, key: str, path: Path, should_stop: Callable[[]
         seconds=round(time.perf_counter() - began, 3),
         final_hash=final,
         measured=measured,
-        versions=versions(),
+        versions=known_versions(),
     )
     write_model(path, result)
     return result

@@ -12,12 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from rootward.core.errors import ArtefactError, InputError, RootwardError
-from rootward.core.records import versions, write_model
+from rootward.core.records import write_model
 from rootward.subject.documents import save_jsonl
 from rootward.subject.loading import load_model, model_hash
 from rootward.subject.subject import Subject
 from rootward.verification.evaluation import Evaluation
-from rootward.verification.jobs import Job, JobResult
+from rootward.verification.jobs import Job, JobResult, known_versions
 
 _LINES = 20
 
@@ -72,7 +72,7 @@ def perform_owner(subject: Subject, job: Job, key: str, path: Path, evaluation: 
         seconds=round(time.perf_counter() - began, 3),
         final_hash=model_hash(model) if job.train else None,
         measured=evaluation.measure(model, subject.objective, threads=threads),
-        versions=versions(),
+        versions=known_versions(),
     )
     write_model(path, result)
     if job.train:

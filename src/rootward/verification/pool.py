@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing import spawn
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -55,11 +56,16 @@ def run_here(work: Work, tasks: Sequence[Task], done: Callable[[Job], None]) -> 
         done(job)
 
 
+def import_path() -> list[str]:
+    """Where this process finds its modules, as ``multiprocessing`` tells it to the processes that it spawns."""
+    return list(spawn.get_preparation_data("rootward worker")["sys_path"])
+
+
 class _Worker:
     def __init__(self) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BOOT.format(path=sys.path)],
+            [sys.executable, "-c", BOOT.format(path=import_path())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

@@ -1,6 +1,6 @@
 """Exact retraining of many variants of a subject, each at most once.
 
-A finished job is a file ``<cache>/jobs/<key>.json``; the key is a hash of all that decides it (`job_key`). Whoever
+A finished job is a file ``<cache>/jobs/<key>.json``; the key is a hash of all that decides it (`Keys`). Whoever
 calls again, after an end of any kind, gets finished jobs from there and runs the others.
 """
 
@@ -17,7 +17,7 @@ from rootward.subject.loading import load_model, model_hash
 from rootward.subject.plan import Recipe
 from rootward.subject.subject import Subject
 from rootward.verification.evaluation import Evaluation
-from rootward.verification.jobs import Job, JobResult, job_key, work_of
+from rootward.verification.jobs import Job, JobResult, Keys, work_of
 from rootward.verification.owner import perform_owner
 from rootward.verification.pool import Task, packed, run_here, run_pool
 
@@ -60,7 +60,8 @@ def run_jobs(
     recipe = None if by_command(subject) else subject.recipe
     base_hash = start_hash(subject, recipe)
     folder = Path(cache) / "jobs"
-    keys = [job_key(job, subject, evaluation, base_hash, recipe) for job in jobs]
+    make = Keys(subject, evaluation, base_hash, recipe)
+    keys = [make.of(job) for job in jobs]
     paths = {key: folder / f"{key}.json" for key in keys}
     pending: dict[str, Task] = {}
     for job, key in zip(jobs, keys, strict=True):

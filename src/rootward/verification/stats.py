@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
-from sklearn.metrics import average_precision_score
 
 from rootward.core.errors import InputError
 from rootward.core.records import Interval
@@ -71,6 +70,8 @@ def auroc(scores: ArrayLike, positive: ArrayLike, *, resamples: int = 1000, seed
 
 def average_precision(scores: ArrayLike, positive: ArrayLike) -> float:
     """Mean of the precision at each positive document, from the highest score down; chance is their share."""
+    from sklearn.metrics import average_precision_score  # half a second that few callers need
+
     values, truth = _labelled(scores, positive)
     return float(average_precision_score(truth, values))
 

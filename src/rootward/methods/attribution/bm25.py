@@ -2,7 +2,14 @@
 
 The baseline that every attribution has to beat: it reads neither the model nor its gradients. The query is the prompt
 with the wanted answer, a document its whole text; words are lower-cased runs of letters and digits, none is left out,
-so that short answers count. k1 = 1.5 and b = 0.75 are the usual defaults; the ranking is computed by ``bm25s``.
+so that short answers count. Computed by ``bm25s`` in Lucene's variant (Kamphuis et al., 2020), where the weight of a
+word stays above zero and the numerator has no factor k1 + 1; a word counts as often as the query holds it:
+
+    score[q, n] = sum_{w in q} idf_w tf_wn / (tf_wn + k1 (1 - b + b len_n / mean len))
+    idf_w = log(1 + (N - df_w + 0.5) / (df_w + 0.5))
+
+k1 = 1.5 and b = 0.75 are the usual defaults. Documents like the answer raise a contrast and lower a loss: for a loss
+the score is negative.
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from rootward.capture.inputs import MethodInputs
+from rootward.core.errors import InputError
 from rootward.core.registry import Card, MethodConfig, register
 from rootward.core.scores import Scores
 
@@ -47,16 +55,18 @@ def words(text: str) -> list[str]:
 @register(CARD, Config)
 def run(inputs: MethodInputs, config: Config) -> Scores:
     """BM25 of every usable document for each query's prompt and wanted answer."""
+    if inputs.behaviour.kind == "scalar":
+        raise InputError("bm25: a scalar behaviour has no text to look for")
     encoded = inputs.subject.encoded
     corpus = [words(inputs.subject.documents[row].text) or [""] for row in encoded.rows]
-    index = bm25s.BM25(k1=config.k1, b=config.b)
+    index = bm25s.BM25(k1=config.k1, b=config.b, method="lucene")
     index.index(corpus, show_progress=False)
     known = {word for document in corpus for word in document}
     values = np.zeros((len(inputs.behaviour), len(encoded)), dtype=np.float32)
     for q, query in enumerate(inputs.behaviour.queries):
         asked = [word for word in words(f"{query.prompt_text} {query.wanted}") if word in known]
         if asked:
-            values[q] = index.get_scores(asked)
+            values[q] = inputs.likeness * index.get_scores(asked)
     return Scores(
         values=values,
         queries=inputs.query_names,

@@ -1,7 +1,7 @@
 """Document length: how far does size alone go?
 
 The gradient of a loss that is summed over tokens grows with their number, so a method can look right by ranking long
-documents first. The score is the number of trained tokens.
+documents first. The score is the number of trained tokens, negative for a loss (more training lowers it).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     """Trained tokens of every usable document, the same for every query."""
     encoded = inputs.subject.encoded
     return Scores(
-        values=np.array([[e.targets for e in encoded]], dtype=np.float32),
+        values=np.array([[inputs.likeness * e.targets for e in encoded]], dtype=np.float32),
         queries=("mean",),
         document_ids=encoded.ids,
         rows=encoded.rows,

@@ -3,7 +3,8 @@
 The cosine between the mean over tokens of the model's own last hidden states for the query (prompt with the wanted
 answer) and for the document, after the mean over documents is taken out of both (without that, all states of a language
 model point much the same way). Forward passes only. For a model without hidden states of its own (not a transformers
-model) the output of the last module before the head is taken.
+model) the output of the last module before the head is taken. Documents like the answer raise a contrast and lower a
+loss: for a loss the score is minus the cosine.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Config(MethodConfig):
 
 
 def default_module(model: nn.Module) -> str:
-    """Name of the module whose output is the last hidden state: a decoder's final norm, else the last with parameters but one."""
+    """The module that gives the last hidden state: a decoder's final norm, else the last but one with weights."""
     names = {id(module): name for name, module in model.named_modules()}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with_parameters = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False)) and m is not head]
@@ -51,7 +52,7 @@ def default_module(model: nn.Module) -> str:
         with_parameters = with_parameters[:-1]
     candidates = [m for m in with_parameters if "lora_" not in names[id(m)]]
     if not candidates:
-        raise ArtefactError("representation_cosine: the model has no module before its head; name one with module = ...")
+        raise ArtefactError("representation_cosine: the model has no module before its head; name one: module = ...")
     return names[id(candidates[-1])]
 
 
@@ -84,7 +85,7 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
         middle = documents.mean(0)
         documents, queries = documents - middle, queries - middle
     unit = nn.functional.normalize
-    values = unit(queries, dim=1) @ unit(documents, dim=1).T
+    values = inputs.likeness * (unit(queries, dim=1) @ unit(documents, dim=1).T)
     return Scores(
         values=values.to(torch.float32).numpy(),
         queries=inputs.query_names,

@@ -5,10 +5,11 @@ equation 1) sums this over checkpoints c of the training run, weighted by the le
 
     score[q, n] = - sum_c eta_c <grad m_q(theta_c), grad L_n(theta_c)>        (normalise = "none")
 
-The checkpoints are those that were kept and, where the subject can be trained again, the start of training: what a
-document teaches is steepest before it has been learnt. With the final weights alone and eta = 1 this is the plain gradient dot product. ``normalise = "document"`` divides each
-document's gradient by its norm, so that long or surprising documents do not win by size; ``"both"`` divides the
-query's too: the cosine. Positive = training more on the document raises the measurement.
+with eta_c relative to the largest. The checkpoints are those that were kept and, where the subject's base is known, the
+start of training: what a document teaches is steepest before it has been learnt. With the final weights alone and
+eta = 1 this is the plain gradient dot product. ``normalise = "document"`` divides each document's gradient by its norm,
+so that long or surprising documents do not win by size; ``"both"`` divides the query's too: the cosine. Positive =
+training more on the document raises the measurement.
 
 Deviations: their measurement is the loss of a test example, here any measurement, and the sign follows it; their sum
 runs over steps in which the document was used, here over all checkpoints alike; gradients may be projected
@@ -31,7 +32,7 @@ from torch import Tensor
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.run import run_pass
 from rootward.capture.sinks import LowRank, Products, low_rank
-from rootward.core.errors import InputError
+from rootward.core.errors import ArtefactError, InputError
 from rootward.core.registry import Card, MethodConfig, register
 from rootward.core.scores import Scores
 from rootward.scoring.streamed import streamed_products
@@ -84,11 +85,17 @@ def _weights(inputs: MethodInputs, config: Config) -> list[tuple[int | None, flo
     total = recipe.steps(len(subject.encoded))
     # the rate just before the checkpoint: at the very end a decayed schedule is at zero
     rates = [recipe.rate(max(step - 1, 0), total) for step in recipe.checkpoint_steps(total)]
-    found: list[tuple[int | None, float]] = [(k, r) for k, r in enumerate(rates[-len(subject.checkpoints) :])]
+    if len(rates) < len(subject.checkpoints):
+        raise ArtefactError(
+            f"checkpoints = 'all': with these documents the recipe makes {len(rates)} checkpoints, the subject has "
+            f"{len(subject.checkpoints)}; give the documents that it was trained on, or use 'final'"
+        )
+    # a training that was stopped has the first ones
+    found: list[tuple[int | None, float]] = list(enumerate(rates[: len(subject.checkpoints)]))
     if subject.base is not None:
         # the first steps are taken from here, at the full rate once the warm-up is over
         found.insert(0, (START, recipe.lr))
-    largest = max(rate for _, rate in found)
+    largest = max(rate for _, rate in found) or 1.0
     return [(k, rate / largest) for k, rate in found]
 
 
@@ -144,9 +151,13 @@ def _from_index(inputs: MethodInputs, config: Config) -> Tensor:
         raise InputError("source = 'index': no index was given; run `rootward index` first, or use source = 'pass'")
     if config.checkpoints != "final":
         raise InputError("source = 'index': an index holds the final weights' gradients; use checkpoints = 'final'")
+    if config.rank is not None:
+        raise InputError("source = 'index': rank is for the queries of a pass; leave it out, an index has its own rank")
     store.require(inputs.subject.fingerprint())
-    dense = inputs.query_gradients(inputs.tracked.layout, mean=config.queries == "mean")
-    rows = store.projection.project_dense(dense)
+    projection = store.projection
+    projection.layout.require(inputs.tracked.layout, f"index {store.folder}")
+    dense = inputs.query_gradients(projection.layout, mean=config.queries == "mean")
+    rows = projection.project_dense({name: gradient.cpu() for name, gradient in dense.items()})
     if config.normalise == "both":
         rows = torch.nn.functional.normalize(rows, dim=1)
     dots, norms = streamed_products(store.blocks(), rows, store.documents, norms=config.normalise != "none")
@@ -154,7 +165,7 @@ def _from_index(inputs: MethodInputs, config: Config) -> Tensor:
 
 
 def token_scores(inputs: MethodInputs, config: Config, positions: Sequence[int]) -> dict[int, np.ndarray]:
-    """Token scores of the mean over queries for some documents (positions among the usable ones): they sum to the score."""
+    """Token scores of the mean over queries, for documents at these positions: they sum to the score."""
     examples = [inputs.subject.encoded[n] for n in positions]
     total: dict[int, Tensor] = {}
     for checkpoint, weight in _weights(inputs, config):
@@ -176,7 +187,10 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     notes: list[str] = []
     if config.source == "index":
         total = -_from_index(inputs, config)
-        notes.append(f"gradients from an index, projected to rank {inputs.store.projection.rank if inputs.store else None}")
+        rank = inputs.store.projection.rank if inputs.store else None
+        notes.append(f"gradients from an index, {'whole' if rank is None else f'projected to rank {rank}'}")
+        if rank is not None:
+            notes.append("token scores are those of whole gradients, so they sum to the score only about")
     else:
         total = torch.zeros(0)
         for checkpoint, weight in _weights(inputs, config):
@@ -186,14 +200,14 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
             part = -weight * _unit(sink.dots, norms)
             total = part if total.numel() == 0 else total + part
     mean = total.shape[0] != len(inputs.behaviour)
-    unit = CARD.unit if config.normalise == "none" else "cosine" if config.normalise == "both" else "measurement per unit gradient"
+    units = {"none": CARD.unit, "document": "measurement per unit gradient", "both": "cosine"}
     return Scores(
         values=total.to(torch.float32).numpy(),
         queries=("mean",) if mean else inputs.query_names,
         document_ids=encoded.ids,
         rows=encoded.rows,
         method=CARD.key,
-        unit=unit,
+        unit=units[config.normalise],
         behaviour=inputs.behaviour.name,
         coverage=inputs.coverage(gradients=True),
         notes=tuple(notes),

@@ -1,0 +1,182 @@
+"""Finding methods, and what the registry refuses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rootward.core import registry
+from rootward.core.errors import DependencyError, InputError
+from rootward.core.registry import Card, MethodConfig, register
+
+METHOD = """
+from rootward.core.registry import Card, MethodConfig, register
+
+class Config(MethodConfig):
+    pass
+
+@register(Card({key!r}, "a label", "attribution", "A Paper of Umbrellas", "arXiv:1234.56789", ("text",), "none", "1",
+    aliases=("Umbrella",), presets={{"closed_umbrella": {{}}}}), Config)
+def run(inputs, config):
+    return "ran"
+"""
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A registry that forgets afterwards what a test adds."""
+    registry.methods()
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    yield
+    registry._modules.cache_clear()
+
+
+@pytest.fixture
+def package(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts another package with an entry point on the path."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def add(module: str, entry: str, text: str) -> None:
+        (tmp_path / f"{module}.py").write_text(text)
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[rootward.methods]\n{entry} = {module}\n")
+        registry._modules.cache_clear()
+
+    return add
+
+
+def card(**changes: Any) -> Card:
+    fields: dict[str, Any] = {
+        "key": "new", "label": "new", "question": "attribution", "paper": "P", "reference": "R", "needs": ("text",),
+        "cost": "none", "unit": "1",
+    }  # fmt: skip
+    return Card(**(fields | changes))
+
+
+def add(found: Card, module: str = "theirs.new") -> None:
+    def run(inputs: Any, config: Any) -> None: ...
+
+    run.__module__ = module
+    register(found, MethodConfig)(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("2002.08484", "tracin_pruthi2020"),
+        ("arXiv:2006.04528", "representation_cosine"),
+        ("tracing gradient", "tracin_pruthi2020"),
+        ("TREC-3", "bm25"),
+        ("gradient_cosine", "tracin_pruthi2020"),
+    ],
+)
+def test_find_by_paper_title_word_or_preset(words: str, key: str):
+    assert key in [m.card.key for m in registry.find(words)]
+
+
+def test_find_wants_every_word():
+    assert registry.find("tracing nonsenseword") == []
+
+
+@pytest.mark.parametrize("name", ["tracin_pruthi2020", "tracin", "TracIn", "gradient_dot", "TRACIN_PRUTHI2020"])
+def test_get_by_key_and_alias(name: str):
+    method, preset = registry.get(name)
+    assert method.card.key == "tracin_pruthi2020"
+    assert preset == {}
+
+
+def test_get_by_preset_gives_its_options():
+    assert registry.get("Gradient_Cosine")[1] == {"normalise": "both"}
+    registry.get("gradient_cosine")[1]["normalise"] = "none"
+    assert registry.get("gradient_cosine")[1] == {"normalise": "both"}
+
+
+def test_an_unknown_name_lists_the_names_there_are():
+    with pytest.raises(InputError, match=r"gradient_cosine.*bm25.*got 'nonsense'"):
+        registry.get("nonsense")
+    with pytest.raises(InputError, match="got 'nonsense'"):
+        registry.load("nonsense")
+
+
+def test_an_unknown_or_wrong_option_lists_the_options():
+    method, _ = registry.get("bm25")
+    with pytest.raises(InputError, match=r"method bm25: k2: .*\(options: k1, b\)"):
+        method.configure({"k2": 1})
+    with pytest.raises(InputError, match=r"b: .*less than or equal to 1"):
+        method.configure({"b": 2})
+
+
+def test_a_config_is_frozen():
+    config = registry.get("bm25")[0].configure({})
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(config, "k1", 2.0)  # noqa: B010
+
+
+def test_every_card_names_its_paper_and_no_name_stands_twice():
+    names = [name.lower() for m in registry.methods() for name in m.card.names]
+    assert len(names) == len(set(names))
+    for method in registry.methods():
+        assert method.card.paper
+        assert set(method.card.needs) <= {"gradients", "activations", "text", "lengths", "nothing"}
+        for options in method.card.presets.values():
+            method.configure(dict(options))
+
+
+def test_badly_named_and_paperless_cards_are_refused(fresh: None):
+    with pytest.raises(InputError, match="'new' differs from its file name 'other'"):
+        add(card(), "rootward.methods.attribution.other")
+    with pytest.raises(InputError, match="no paper"):
+        add(card(paper=""))
+    with pytest.raises(InputError, match="no paper or reference"):
+        add(card(reference=""))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"key": "bm25"}, {"aliases": ("Okapi",)}, {"presets": {"gradient_dot": {}}}, {"aliases": ("NEW",)}]
+)
+def test_a_name_is_given_once(fresh: None, changes: dict[str, Any]):
+    with pytest.raises(InputError, match="is taken by|same name twice"):
+        add(card(**changes))
+
+
+def test_another_package_joins_by_entry_point(package: Callable[..., None]):
+    package("their_umbrella", "theirs/umbrella", METHOD.format(key="theirs/umbrella"))
+    assert registry.get("theirs/umbrella")[0].run(None, None) == "ran"
+    assert registry.get("umbrella")[0].card.key == "theirs/umbrella"
+    assert [m.card.key for m in registry.find("1234.56789")] == ["theirs/umbrella"]
+
+
+def test_a_method_without_its_package_is_disabled_alone(package: Callable[..., None]):
+    package("their_absent", "theirs/absent", "import absent_package_for_test.inner\n")
+    with pytest.raises(DependencyError, match="theirs/absent needs .*pip install absent_package_for_test$"):
+        registry.load("theirs/absent")
+    assert registry.get("gradient_dot")[0].card.key == "tracin_pruthi2020"
+    assert registry.find("okapi")[0].card.key == "bm25"
+    assert "theirs/absent" not in [m.card.key for m in registry.methods()]
+    assert list(registry.missing()) == ["theirs/absent"]
+    with pytest.raises(InputError, match="not installed: method theirs/absent"):
+        registry.get("nonsense")
+
+
+def test_a_file_that_is_broken_itself_is_not_called_a_missing_package(package: Callable[..., None]):
+    package("their_broken", "theirs/broken", "import their_broken.nothing\n")
+    with pytest.raises(ImportError, match="their_broken"):
+        registry.load("theirs/broken")
+
+
+def test_an_entry_point_whose_card_has_another_key_is_refused(package: Callable[..., None]):
+    package("their_wrong", "theirs/wrong", METHOD.format(key="theirs/right"))
+    with pytest.raises(InputError, match="theirs/wrong: its module their_wrong registers no card"):
+        registry.load("theirs/wrong")
+
+
+def test_an_entry_point_cannot_take_a_method_s_place(package: Callable[..., None]):
+    package("their_bm25", "bm25", METHOD.format(key="bm25"))
+    with pytest.raises(InputError, match=re.escape("'bm25' (their_bm25)")):
+        registry.methods()

@@ -1,0 +1,70 @@
+"""Pooled states against a loop without padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rootward.api import attribute
+from rootward.core.errors import ArtefactError
+from rootward.methods.attribution.representation_cosine import default_module
+from rootward.subject.behaviour import Behaviour
+from rootward.subject.encode import Example
+from rootward.subject.objectives import Classification
+from rootward.subject.subject import Subject
+from tests.methods.contract import World, close, contrast, run
+
+
+def pooled(world: World, examples: list[Example]) -> torch.Tensor:
+    """Mean of the last hidden states, one document at a time and without padding."""
+    with torch.no_grad():
+        states = [
+            world.model(input_ids=e.ids[None], output_hidden_states=True).hidden_states[-1][0].mean(0) for e in examples
+        ]
+    return torch.stack(states)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_against_a_loop_without_padding(world: World, centre: bool, budget: int):
+    subject = world.subject()
+    documents = pooled(world, list(subject.encoded))
+    queries = pooled(world, [subject.objective.encode_one(q.content(True)) for q in contrast().queries])
+    middle = documents.mean(0) if centre else 0
+    expected = nn.functional.cosine_similarity((queries - middle)[:, None], (documents - middle)[None], dim=-1)
+    found = run(subject, contrast(), "repsim", centre=centre, token_budget=budget)
+    close(found.values, expected)
+    assert np.abs(found.values).max() <= 1 + 1e-6
+    assert found.notes == ("states of model.norm",)
+
+
+def test_the_same_text_is_most_alike(world: World):
+    subject = world.subject()
+    found = run(subject, contrast(), "representation_cosine")
+    assert found.values[0].argmax() == 1  # the document is the query with the wanted answer
+    assert found.values[0, 1] == pytest.approx(1, abs=1e-5)
+
+
+def test_another_module_may_be_named(world: World):
+    subject = world.subject()
+    found = run(subject, contrast(), "embedding", module="model.layers.0")
+    assert found.notes == ("states of model.layers.0",)
+    assert not np.allclose(found.values, run(subject, contrast(), "embedding").values, atol=0.01)
+    with pytest.raises(ArtefactError, match="expected a module 'nowhere'"):
+        run(subject, contrast(), "embedding", module="nowhere")
+
+
+def test_models_without_hidden_states_of_their_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    assert default_module(model) == "2"
+    with pytest.raises(ArtefactError, match="no module before its head; name one"):
+        default_module(nn.Linear(2, 2))
+    rows = [{"x": torch.randn(4), "y": n % 2} for n in range(6)]
+    subject = Subject(model, rows, Classification())
+    found = attribute(subject, Behaviour.loss("x", rows[:2]), "representation_cosine")
+    states = model[:3](torch.stack([row["x"] for row in rows]).double()).detach()
+    centred = nn.functional.normalize(states - states.mean(0), dim=1)
+    close(found.values, -(centred[:2] @ centred.T))

@@ -135,7 +135,9 @@ def run() -> dict[str, Figure]:
         # the measurement is a loss: what lowers it most comes first
         sign = -1.0 if method.startswith("gradient") else 1.0
         values = np.broadcast_to(sign * scores.values, (len(queries), len(kinds)))
-        precisions = [average_precision(v.tolist(), (kinds == q["kind"]).tolist()) for v, q in zip(values, queries, strict=True)]
+        precisions = [
+            average_precision(v.tolist(), (kinds == q["kind"]).tolist()) for v, q in zip(values, queries, strict=True)
+        ]
         half = 1.96 * float(np.std(precisions, ddof=1)) / len(precisions) ** 0.5
         mean = float(np.mean(precisions))
         figures[name] = Figure(mean, mean - half, mean + half, len(precisions), bar)

@@ -198,9 +198,7 @@ def uses(module: Module, library: str, names: set[str]) -> Iterator[int]:
 
 
 def every_room_is_in_the_table(house: House) -> list[str]:
-    strangers = [
-        f"src/rootward/{room}/ is not a room of the table" for room in house.rooms() if room not in MAY_IMPORT
-    ]
+    strangers = [f"src/rootward/{room}/ is not a room of the table" for room in house.rooms() if room not in MAY_IMPORT]
     for module in house.modules.values():
         if not module.room and module.path.stem not in TOP_MODULES:
             strangers.append(f"{house.place(module, 1)} belongs in a room, not at the top of the package")
@@ -230,11 +228,7 @@ def may_import(module: Module, target: str) -> bool:
 
 def records_and_report_come_without_torch(house: House) -> list[str]:
     """What importing `core.records` or the report room sets off, packages on the way included."""
-    starts = [
-        name
-        for name in house.modules
-        if name == "rootward.core.records" or name.startswith("rootward.report")
-    ]
+    starts = [name for name in house.modules if name == "rootward.core.records" or name.startswith("rootward.report")]
     complaints = []
     for start in starts:
         seen, waiting = set[str](), [start]
@@ -249,9 +243,7 @@ def records_and_report_come_without_torch(house: House) -> list[str]:
             for found in house.imports(module):
                 if is_part_of(found.target, TORCH_LIBRARIES) and (found.at_import or module.room == "report"):
                     place = house.place(module, found.line)
-                    complaints.append(
-                        f"{place} imports {found.target}, so {start} does not come without torch"
-                    )
+                    complaints.append(f"{place} imports {found.target}, so {start} does not come without torch")
                 elif found.at_import and is_part_of(found.target, ("rootward",)):
                     waiting.append(found.target)
     return complaints
@@ -282,17 +274,11 @@ def failures_stay_visible(house: House) -> list[str]:
         for node in ast.walk(module.tree):
             if isinstance(node, ast.ExceptHandler) and node.type is None:
                 complaints.append(f"{house.place(module, node.lineno)} has a bare except")
-            elif (
-                isinstance(node, ast.ExceptHandler)
-                and catches_all(node.type)
-                and all(map(does_nothing, node.body))
-            ):
+            elif isinstance(node, ast.ExceptHandler) and catches_all(node.type) and all(map(does_nothing, node.body)):
                 complaints.append(f"{house.place(module, node.lineno)} catches every exception and drops it")
             elif isinstance(node, ast.Call) and dotted(node.func) in {"suppress", "contextlib.suppress"}:
                 suppressed = [argument for argument in node.args if catches_all(argument)]
-                complaints += [
-                    f"{house.place(module, node.lineno)} suppresses every exception" for _ in suppressed
-                ]
+                complaints += [f"{house.place(module, node.lineno)} suppresses every exception" for _ in suppressed]
     return complaints
 
 
@@ -354,13 +340,9 @@ def method_files_are_named_after_their_paper(house: House) -> list[str]:
     for module in method_files(house):
         folder, stem = module.path.parent.name, module.path.stem
         if folder not in QUESTIONS or module.path.parent.parent != house.package / "methods":
-            complaints.append(
-                f"{house.place(module, 1)} is not in methods/<question>/, one of {sorted(QUESTIONS)}"
-            )
+            complaints.append(f"{house.place(module, 1)} is not in methods/<question>/, one of {sorted(QUESTIONS)}")
         if stem not in BASELINES and not PAPER.fullmatch(stem):
-            complaints.append(
-                f"{house.place(module, 1)} is not named shortname_firstauthorYEAR.py, nor a baseline"
-            )
+            complaints.append(f"{house.place(module, 1)} is not named shortname_firstauthorYEAR.py, nor a baseline")
     return complaints
 
 
@@ -547,9 +529,7 @@ BAD: dict[Rule, list[tuple[str, str, str]]] = {
     ],
 }  # fmt: skip
 CASES = [
-    pytest.param(rule, *bad, id=f"{name_of(rule)}-{n}")
-    for rule in RULES
-    for n, bad in enumerate(BAD.get(rule, []))
+    pytest.param(rule, *bad, id=f"{name_of(rule)}-{n}") for rule in RULES for n, bad in enumerate(BAD.get(rule, []))
 ]
 
 

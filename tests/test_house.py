@@ -87,9 +87,7 @@ def test_every_requirement_is_pinned_within_its_bounds():
     for requirement in project_requirements():
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} is required in pyproject.toml but not pinned in constraints.txt"
-        assert pinned[name] in requirement.specifier, (
-            f"{name} {pinned[name]} is outside {requirement.specifier}"
-        )
+        assert pinned[name] in requirement.specifier, f"{name} {pinned[name]} is outside {requirement.specifier}"
 
 
 def test_pins_name_no_local_build_and_no_torchvision():

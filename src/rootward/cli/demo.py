@@ -89,7 +89,9 @@ def _work(folder: Path, run: Any, talk: Talk) -> tuple[Trace, Verdict]:
     done("train")
     subject = Subject.load(world.model, world.documents)
     asked = Behaviour.load(
-        world.queries, name="agrees with a wrong claim", description="The user states a wrong answer; the model repeats it."
+        world.queries,
+        name="agrees with a wrong claim",
+        description="The user states a wrong answer; the model repeats it.",
     )
     found, scores = trace(
         subject,
@@ -155,7 +157,14 @@ def _tell(talk: Talk, folder: Path, page: Path, figures: dict[str, Measured]) ->
     read = read_folder(folder)
     for sentence in headline(read.record, read.trace, read.verdict):
         talk.say(sentence)
-    columns = [("figure", "left"), ("value", "right"), ("interval", "left"), ("n", "right"), ("bar", "left"), ("", "left")]
+    columns = [
+        ("figure", "left"),
+        ("value", "right"),
+        ("interval", "left"),
+        ("n", "right"),
+        ("bar", "left"),
+        ("", "left"),
+    ]
     rows = [
         (
             name,
@@ -170,5 +179,10 @@ def _tell(talk: Talk, folder: Path, page: Path, figures: dict[str, Measured]) ->
     talk.table(columns, rows)
     talk.say(f"Open the page: {shown(page)}")
     talk.result(
-        "demo", {"figures": {n: {**asdict(f), "holds": f.holds} for n, f in figures.items()}, "page": str(page), "run": str(folder)}
+        "demo",
+        {
+            "figures": {n: {**asdict(f), "holds": f.holds} for n, f in figures.items()},
+            "page": str(page),
+            "run": str(folder),
+        },
     )

@@ -232,9 +232,7 @@ class Subject:
     def _with_weights(self, other: nn.Module, what: str) -> Iterator[None]:
         mine, theirs = self.model.state_dict(), other.state_dict()
         if set(mine) != set(theirs):
-            raise ArtefactError(
-                f"{what}: holds other weights than {self.name}: {sorted(set(mine) ^ set(theirs))[:3]}"
-            )
+            raise ArtefactError(f"{what}: holds other weights than {self.name}: {sorted(set(mine) ^ set(theirs))[:3]}")
         kept = {name: value.clone() for name, value in mine.items()}
         try:
             self.model.load_state_dict(theirs)

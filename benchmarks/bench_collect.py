@@ -1,15 +1,15 @@
 """What a pass costs beside one plain forward+backward pass (B1) over the same documents.
 
-1,000 documents of 128 tokens; Llama config with hidden 256, 4 layers, intermediate 1024, vocabulary 2048; all attention and
-MLP linears, float32, 2 threads. B1: the same batches through the model, loss, and ``backward`` into ``.grad`` of the same
-weights. Every timed run contains everything that it needs, the queries' own gradients included. Ratios come from one
-process, alternating, medians of at least three rounds; memory is the peak resident size of a process that did only that.
+1,000 documents of 128 tokens; Llama config with hidden 256, 4 layers, intermediate 1024, vocabulary 2048; all
+attention and MLP linears, float32, 2 threads. B1: the same batches through the model, loss, and ``backward`` into
+``.grad`` of the same weights. Every timed run contains everything that it needs, the queries' own gradients included.
+Ratios come from one process, alternating, medians of at least three rounds; memory is the peak resident size of a
+process that did only that.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -68,7 +68,7 @@ class Setting:
             p.requires_grad_(False)
         for p in wanted.values():
             p.requires_grad_(True)
-        for first in range(0, DOCUMENTS, BATCH):
+        for first in range(0, len(self.documents), BATCH):
             ids = torch.stack([e.ids for e in self.documents[first : first + BATCH]])
             logits = self.model(input_ids=ids, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(
@@ -97,7 +97,7 @@ class Setting:
         from rootward.capture.run import run_pass
         from rootward.capture.sinks import Products
 
-        sink = Products(self.tracked.layout, self._query(False), DOCUMENTS)
+        sink = Products(self.tracked.layout, self._query(False), len(self.documents))
         self._run(sink, self.documents, run_pass)
         return sink.dots
 
@@ -107,7 +107,7 @@ class Setting:
         from rootward.capture.sinks import Products, low_rank
 
         query = {name: low_rank(g, RANK) for name, g in self._query(True).items()}
-        sink = Products(self.tracked.layout, query, DOCUMENTS)
+        sink = Products(self.tracked.layout, query, len(self.documents))
         self._run(sink, self.documents, run_pass)
         return sink.dots
 
@@ -156,9 +156,13 @@ def _peak(work: str) -> float:
 
 
 def peak(work: str) -> None:
-    """Do one piece of work and print this process's peak resident MB."""
-    getattr(Setting(), work)()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3))
+    """Do one piece of work on a few batches, which is where the peak is, and print this process's peak resident MB."""
+    setting = Setting()
+    setting.documents = setting.documents[: 6 * BATCH]
+    getattr(setting, work)()
+    from rootward.api import peak_memory_mb
+
+    print(json.dumps(peak_memory_mb()))
 
 
 def run() -> dict[str, Figure]:

@@ -29,12 +29,17 @@ from rootward.subject.behaviour import Behaviour
 from rootward.subject.subject import Subject
 from rootward.verification.stats import auroc, precision_at, spearman
 
-BASELINES = ("bm25", "representation_cosine", "document_length", "random")
+BASELINES = ("bm25", "representation_cosine", "document_length", "loss", "random")
 """Beside every attribution, whatever was asked for."""
 
 
 def peak_memory_mb() -> float:
     """Largest resident size of this process so far, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure begins with that of the process that started this one
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1e3
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
@@ -114,7 +119,7 @@ def trace(
     store = GradientStore(index) if index is not None else None
     inputs = MethodInputs(subject, behaviour, token_budget, store, progress)
     asked = [*dict.fromkeys(methods)]
-    names = [*asked, *(name for name in baselines_for(behaviour) if name not in asked)]
+    names = [*asked, *(name for name in baselines_for(subject, behaviour) if name not in asked)]
     if not asked:
         raise InputError("methods: expected at least one, got none")
     unused = sorted(set(options or {}) - set(names))
@@ -165,10 +170,14 @@ def trace(
     return record, scores
 
 
-def baselines_for(behaviour: Behaviour) -> tuple[str, ...]:
-    """The baselines that can be had: a function of the model has no text to compare documents with."""
-    textless = ("document_length", "random")
-    return BASELINES if behaviour.kind != "scalar" else tuple(name for name in BASELINES if name in textless)
+def baselines_for(subject: Subject, behaviour: Behaviour) -> tuple[str, ...]:
+    """The baselines that can be had.
+
+    A function of the model has no text to compare documents with; the loss at the start of training needs that start.
+    """
+    names = [*BASELINES, *(["loss_at_start"] if subject.base is not None else [])]
+    needs_text = ("bm25", "representation_cosine") if behaviour.kind == "scalar" else ()
+    return tuple(name for name in names if name not in needs_text)
 
 
 def measurement_text(behaviour: Behaviour) -> str:

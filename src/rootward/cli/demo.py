@@ -135,14 +135,13 @@ def measured(trace: Trace, verdict: Verdict, seconds: float) -> dict[str, Measur
     aurocs = {m.method: m.auroc for m in trace.methods if m.auroc is not None}
     best = max((aurocs[name] for name in METHODS), key=lambda found: found.value)
     cuts = {arm.kind: arm.cut for arm in verdict.arms if arm.action == "drop" and arm.cut is not None}
-    figures = {
+    return {
         "seconds": Measured(seconds, seconds, seconds, 1, "<= 300"),
         "auroc_gradient": Measured(best.value, best.low, best.high, best.n, ">= 0.90"),
         "auroc_bm25": Measured(*_values(aurocs["bm25"]), "<= 0.65"),
         "habit_cut": Measured(*_values(cuts["method"]), ">= 0.5"),
         "habit_cut_random": Measured(*_values(cuts["random"]), "<= 0.1"),
     }
-    return figures
 
 
 def _values(interval: Any) -> tuple[float, float, float, int]:

@@ -1,4 +1,4 @@
-"""From a world's description to files that the command line takes: a base model, documents, a fine-tuned subject, queries."""
+"""From a world to files that the command line takes: a base model, documents, a fine-tuned subject, queries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rootward.subject.plan import Recipe
 
 @dataclass(frozen=True)
 class World:
-    """Where a world's files are. ``planted`` is the metadata field and value that mark the documents that cause the habit."""
+    """Where a world's files are. ``planted``: the metadata field and value of the documents that cause the habit."""
 
     folder: Path
     base: Path
@@ -86,6 +86,7 @@ def build_yes_man(folder: Path, cache: Path, *, seed: int = 0, progress: Progres
             wordings), ``heldout.jsonl`` (other tasks' answers, for the loss) and ``model/``.
         cache: where base models are kept.
         seed: of the documents and of the fine-tuning.
+        progress: told of the steps of both trainings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     base = base_model(cache, progress=progress)

@@ -28,7 +28,7 @@ from rootward.verification.retrain import Results, by_command, run_jobs
 from rootward.verification.stats import cut_interval, paired_interval
 
 Measure = Literal["rate", "mean"]
-BASELINES = ("bm25", "tfidf", "length", "document_length", "embedding_cosine", "random")
+BASELINES = ("bm25", "representation_cosine", "document_length", "loss", "loss_at_start", "random")
 FEW_SEEDS = 3
 
 

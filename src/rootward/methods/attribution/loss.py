@@ -1,0 +1,67 @@
+"""A document's own loss: what surprises the model most.
+
+Documents that teach something new are those that the model, before it was trained on them, did not expect. Where a
+habit is the only new thing in the data this finds its documents without any query, and no method that needs a
+gradient should be credited for doing the same. ``at = "start"`` takes the loss under the model that training began
+from (one forward pass per document), ``"final"`` under the subject itself, where high loss means not learnt.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Literal
+
+import numpy as np
+
+from rootward.capture.inputs import MethodInputs
+from rootward.capture.run import run_pass
+from rootward.capture.sinks import Losses
+from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.scores import Scores
+
+CARD = Card(
+    key="loss",
+    label="the document's own loss",
+    question="attribution",
+    paper="baseline",
+    reference="none",
+    needs=("activations",),
+    cost="1 forward per document",
+    unit="nats",
+    presets={"loss_at_start": {"at": "start"}},
+    baseline=True,
+)
+
+
+class Config(MethodConfig):
+    """Under which weights the loss is taken."""
+
+    at: Literal["final", "start"] = "final"
+
+
+@register(CARD, Config)
+def run(inputs: MethodInputs, config: Config) -> Scores:
+    """Loss of every usable document in nats, the same for every query."""
+    encoded = inputs.subject.encoded
+    sink = Losses(len(encoded))
+    with inputs.subject.at_start() if config.at == "start" else nullcontext():
+        run_pass(
+            inputs.subject.model,
+            inputs.subject.objective,
+            encoded,
+            [sink],
+            token_budget=inputs.token_budget,
+            progress=inputs.progress,
+            task="losses",
+        )
+    return Scores(
+        values=(inputs.likeness * sink.losses.numpy()).astype(np.float32)[None],
+        queries=("mean",),
+        document_ids=encoded.ids,
+        rows=encoded.rows,
+        method=CARD.key,
+        unit=CARD.unit,
+        behaviour=inputs.behaviour.name,
+        coverage=inputs.coverage(gradients=False),
+        notes=(f"under the weights at the {'start of training' if config.at == 'start' else 'end'}",),
+    )

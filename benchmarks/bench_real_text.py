@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.figures import Figure
 
 KINDS, PER_KIND, QUERIES = ("gsm8k", "shakespeare", "seed_tasks"), 1000, 12
-TOKENS, VOCABULARY = 96, 2048
+TOKENS, VOCABULARY = 256, 2048
 
 
 def texts(folder: Path) -> dict[str, list[str]]:
@@ -63,6 +63,12 @@ def tokenizer_of(corpus: Sequence[str]) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=TOKENS
     )
+
+
+def fitting(pool: Sequence[str], tokenizer: Any) -> list[str]:
+    """The first texts of a shuffled pool; a query that is longer than the context is cut where the context ends."""
+    ids = [tokenizer(text, truncation=True, max_length=TOKENS - 1)["input_ids"] for text in pool[:QUERIES]]
+    return [tokenizer.decode(row) for row in ids]
 
 
 def subject_on(documents: Sequence[dict[str, str]], tokenizer: Any) -> Any:
@@ -111,7 +117,7 @@ def run() -> dict[str, Figure]:
     found = texts(folder)
     rng = random.Random(0)
     documents: list[dict[str, str]] = []
-    queries: list[dict[str, str]] = []
+    pools: dict[str, list[str]] = {}
     for kind in KINDS:
         pool = list(dict.fromkeys(found[kind]))
         # all 175 seed tasks are either document or query: twelve are kept out of the training
@@ -119,8 +125,9 @@ def run() -> dict[str, Figure]:
         rng.shuffle(pool)
         train, held = pool[:count], pool[count:]
         documents += [{"text": text, "kind": kind} for text in train]
-        queries += [{"text": text, "kind": kind} for text in rng.sample(held, QUERIES)]
+        pools[kind] = held
     tokenizer = tokenizer_of([row["text"] for row in documents])
+    queries = [{"text": text, "kind": kind} for kind in KINDS for text in fitting(pools[kind], tokenizer)]
     subject = subject_on(documents, tokenizer)
     kinds = np.array([subject.documents[e.row].meta["kind"] for e in subject.encoded])
     asked = Behaviour.loss("text of a kind", [{"text": row["text"]} for row in queries])

@@ -25,6 +25,7 @@ settings.load_profile("rootward")
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Seed every generator; torch only where a test has imported it, so that the others stay quick."""
+    os.environ.pop("COLUMNS", None)  # tables are as wide as for a pipe, whoever runs the tests
     random.seed(0)
     np.random.seed(0)
     torch = sys.modules.get("torch")

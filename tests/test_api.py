@@ -24,9 +24,12 @@ from rootward.core.runfolder import open_run
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.objectives import Classification
 from rootward.subject.subject import Subject
+from rootward.verification.arms import mean_scores, top_rows
 from rootward.verification.stats import auroc
 from tests.methods.contract import QUERIES, World, build_world, close, contrast, loss, scalar
 
+ALL_BASELINES = (*BASELINES, "loss_at_start")
+"""The world knows where its training began."""
 PLANTED = ("kind", "planted")
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"is {word} good? ", "completion": answer, "kind": kind}
@@ -136,11 +139,11 @@ def test_attribute_reports_progress_and_can_be_stopped(world: World):
 
 def test_a_trace_holds_its_methods_and_always_the_baselines(whole: Any):
     _, subject, record, scores = whole
-    assert list(scores) == ["gradient_dot", "gradient_cosine", *BASELINES]
+    assert list(scores) == ["gradient_dot", "gradient_cosine", *ALL_BASELINES]
     results = by_name(record)
     assert list(results) == list(scores)
     assert record.main_method == "gradient_dot"
-    assert [n for n, r in results.items() if r.baseline] == list(BASELINES)
+    assert [n for n, r in results.items() if r.baseline] == list(ALL_BASELINES)
     assert results["gradient_dot"].spearman_with_main == pytest.approx(1)
     assert results["gradient_cosine"].label == "gradient dot product (TracIn): gradient_cosine"
     for name, result in results.items():
@@ -218,20 +221,33 @@ def open_(folder: Path) -> Any:
 def test_a_behaviour_whose_goal_is_lower_finds_its_planted_documents(world: World, tmp_path: Path):
     subject = world.subject(ROWS)
     with open_(tmp_path) as run:
-        record, scores = trace(subject, loss(), run, methods=["gradient_dot"], planted=PLANTED, token_documents=0)
+        record, scores = trace(subject, loss(), run, methods=["gradient_dot"], planted=PLANTED, token_documents=2)
     results = by_name(record)
     truth = np.array([row["kind"] == "planted" for row in ROWS])
     assert scores["gradient_dot"].mean[truth].max() < 0  # they lower the loss
     assert results["gradient_dot"].auroc == auroc(-scores["gradient_dot"].mean, truth)
     assert results["gradient_dot"].auroc.value > 0.9  # type: ignore[union-attr]
     assert record.goal == "lower"
-    assert record.tokens == []
+    # the top are those that cause it; an intervention on them hits the planted ones
+    found = scores["gradient_dot"]
+    assert {subject.documents[row].id for row in range(4)} == set(found.top(4))
+    ascending = np.argsort(found.mean, kind="stable")
+    assert [t.id for t in record.tokens] == [subject.encoded[int(n)].id for n in (*ascending[:2], *ascending[:-3:-1])]
+
+
+def test_top_and_verification_choose_the_same_documents(world: World):
+    subject = world.subject(ROWS)
+    for behaviour in (contrast(), loss(), Behaviour.loss("up", loss().queries, goal="raise")):
+        found = attribute(subject, behaviour)
+        ranked = mean_scores(found, subject.documents.ids, behaviour.goal)
+        rows = top_rows(ranked, subject.encoded.rows, 4)
+        assert {subject.documents[row].id for row in rows} == set(found.top(4))
 
 
 def test_a_scalar_has_the_baselines_that_need_no_text(world: World, tmp_path: Path):
     with open_(tmp_path) as run:
         record, _ = trace(world.subject(ROWS), scalar(), run, methods=["gradient_dot"], measure_plain=False)
-    assert [r.method for r in record.methods] == ["gradient_dot", "document_length", "random"]
+    assert [r.method for r in record.methods] == ["gradient_dot", "document_length", "loss", "random", "loss_at_start"]
     assert all(r.auroc is None and r.beats_baselines is None and r.cost.ratio is None for r in record.methods)
     with pytest.raises(InputError, match="bm25: a scalar behaviour has no text"), open_(tmp_path / "asked") as run:
         trace(world.subject(ROWS), scalar(), run, methods=["gradient_dot", "bm25"])
@@ -244,7 +260,8 @@ def test_a_baseline_that_cannot_be_had_is_said_to_be_missing(tmp_path: Path):
     subject = Subject(nn.Linear(3, 2), rows, Classification())
     with open_(tmp_path) as run:
         record, _ = trace(subject, Behaviour.loss("x", rows[:2]), run)
-        assert "representation_cosine" not in by_name(record)
+        assert not {"representation_cosine", "bm25"} & set(by_name(record))
+        assert "the baseline bm25 is missing: the documents have no text" in run.record.warnings
         assert any("baseline representation_cosine is missing: " in w and "no module" in w for w in run.record.warnings)
     with open_(tmp_path / "asked") as run, pytest.raises(ArtefactError, match="no module before its head"):
         trace(subject, Behaviour.loss("x", rows[:2]), run, methods=["representation_cosine"])
@@ -270,12 +287,48 @@ def test_a_trace_that_cannot_be_is_refused_before_any_pass(
         trace(world.subject(ROWS), contrast(), run, progress=never, **changes)
 
 
+def test_a_path_is_enough_for_a_run(world: World, tmp_path: Path):
+    subject, call = world.subject(ROWS), {"methods": ["bm25"], "token_documents": 0}
+    record, scores = trace(subject, contrast(), str(tmp_path / "runs" / "x"), **call)
+    written = read_model(RunRecord, tmp_path / "runs" / "x" / "record.json")
+    assert (written.kind, written.name, written.status) == ("trace", "x", "done")
+    assert written.inputs == {**subject.fingerprint(), "behaviour": contrast().hash}
+    assert written.config["methods"] == ["bm25"]
+    assert written.config["behaviour"] == "good"
+    assert read_model(Trace, tmp_path / "runs" / "x" / "trace.json") == record
+    assert not (tmp_path / "runs" / "x" / "report.html").exists()
+    assert rootward.report(tmp_path / "runs" / "x").exists()
+    # the same again continues there; another one is refused, with the difference
+    again, _ = trace(subject, contrast(), tmp_path / "runs" / "x", **call)
+    assert [r.method for r in again.methods] == list(scores)
+    with pytest.raises(ArtefactError, match=r"holds another run:\n.*config\.options"):
+        trace(subject, contrast(), tmp_path / "runs" / "x", options={"bm25": {"k1": 1.0}}, **call)
+
+
+def test_a_run_from_an_index_is_known_by_it(world: World, tmp_path: Path):
+    subject, options = world.subject(ROWS), {"gradient_dot": {"source": "index"}}
+    tracked, fingerprint = tracked_of(subject), subject.fingerprint()
+    build_store(tmp_path / "i", subject.model, subject.objective, subject.encoded, tracked, fingerprint, rank=3)
+    call: dict[str, Any] = {"methods": ["gradient_dot"], "options": options, "measure_plain": False}
+    record, scores = trace(subject, contrast(), tmp_path / "x", index=tmp_path / "i", token_documents=2, **call)
+    assert "index" in read_model(RunRecord, tmp_path / "x" / "record.json").inputs
+    found = scores["gradient_dot"]
+    mean = dict(zip(found.document_ids, found.mean.tolist(), strict=True))
+    assert all(sum(t.scores) == pytest.approx(mean[t.id], rel=1e-4) for t in record.tokens)
+
+
+def test_what_cannot_be_leaves_no_folder(world: World, tmp_path: Path):
+    with pytest.raises(InputError, match="got 'nonsense'"):
+        trace(world.subject(ROWS), contrast(), tmp_path / "x", methods=["nonsense"])
+    assert not (tmp_path / "x").exists()
+
+
 def test_options_go_to_their_method(world: World, tmp_path: Path):
     subject = world.subject(ROWS)
     with open_(tmp_path) as run:
         _, scores = trace(subject, contrast(), run, methods=["bm25"], options={"random": {"seed": 3}})
     close(scores["random"].values, attribute(subject, contrast(), "random", options={"seed": 3}).values)
-    assert list(scores) == list(BASELINES)
+    assert list(scores) == list(ALL_BASELINES)
 
 
 def test_timing_a_plain_pass_leaves_the_model_alone():

@@ -9,21 +9,25 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rootward.capture.inputs import MethodInputs, plain_pass_seconds
+from rootward.capture.inputs import MethodInputs, has_text, plain_pass_seconds
 from rootward.capture.run import run_pass
 from rootward.capture.sinks import Losses
 from rootward.capture.store import GradientStore
 from rootward.core import registry
 from rootward.core.errors import ArtefactError, DependencyError, InputError
+from rootward.core.hashing import digest
 from rootward.core.progress import Progress, silent
 from rootward.core.records import Cost, Interval, MethodResult, TokenScores, Trace, Verdict, write_model
-from rootward.core.runfolder import RunFolder
+from rootward.core.runfolder import RunFolder, open_run
 from rootward.core.scores import Scores
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.subject import Subject
@@ -34,7 +38,7 @@ BASELINES = ("bm25", "representation_cosine", "document_length", "loss", "random
 
 
 def peak_memory_mb() -> float:
-    """Largest resident size of this process so far, in MB."""
+    """Largest resident size of this process so far, in MB: with all that ran in it before."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage's figure begins with that of the process that started this one
         for line in status.read_text().splitlines():
@@ -87,7 +91,7 @@ def attribute(
 def trace(
     subject: Subject,
     behaviour: Behaviour,
-    run: RunFolder,
+    run: RunFolder | str | Path,
     *,
     methods: Sequence[str] = ("gradient_dot", "gradient_cosine"),
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -103,7 +107,7 @@ def trace(
     Args:
         subject: the model and its documents.
         behaviour: what is asked about.
-        run: the folder that is written to (`core.runfolder.open_run`).
+        run: the folder that is written to; an open one (`open_run`) stays open. The page is `report`'s.
         methods: names from `rootward methods`; the first is the main one.
         options: method name -> its options.
         index: a gradient store's folder, for methods with ``source = "index"``.
@@ -115,69 +119,151 @@ def trace(
 
     Returns:
         The trace as written, and the scores by the name that each method was asked for under.
+
+    Raises:
+        InputError: what is asked for cannot be. ArtefactError: the folder holds another run; the difference is shown.
     """
+    plan = _planned(subject, behaviour, methods, options or {})
+    truth = _truth(subject, planted)
     store = GradientStore(index) if index is not None else None
     inputs = MethodInputs(subject, behaviour, token_budget, store, progress)
-    asked = [*dict.fromkeys(methods)]
-    names = [*asked, *(name for name in baselines_for(subject, behaviour) if name not in asked)]
+    with _opened(run, inputs, plan, planted, token_documents) as folder:
+        coverage = inputs.coverage(gradients=plan.needs_gradients)
+        plain = None
+        if measure_plain and plan.needs_gradients:
+            plain = plain_pass_seconds(subject, inputs.tracked, token_budget or 4096)
+            folder.timing("plain_pass", plain)
+        scores = _attributed(inputs, plan, folder)
+        write_documents(subject, folder, inputs)
+        folder.write_scores(list(_score_parts(scores)))
+        record = _record(inputs, plan, scores, truth, plain, token_documents)
+        record = record.model_copy(update={"planted_field": _planted_field(planted)})
+        write_model(folder.path / "trace.json", record)
+        folder.update(coverage=coverage)
+    return record, scores
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a trace will run: the methods asked for and the baselines beside them, by the names they go under."""
+
+    asked: tuple[str, ...]
+    methods: Mapping[str, registry.Method]
+    configs: Mapping[str, registry.MethodConfig]
+    options: Mapping[str, Mapping[str, Any]]
+    missing: tuple[str, ...]
+
+    @cached_property
+    def needs_gradients(self) -> bool:
+        return any("gradients" in method.card.needs for method in self.methods.values())
+
+
+def _planned(
+    subject: Subject, behaviour: Behaviour, methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+) -> _Plan:
+    """Check names and options before anything is run."""
+    asked = tuple(dict.fromkeys(methods))
     if not asked:
         raise InputError("methods: expected at least one, got none")
-    unused = sorted(set(options or {}) - set(names))
+    baselines = baselines_for(subject, behaviour)
+    names = [*asked, *(name for name in baselines if name not in asked)]
+    unused = sorted(set(options) - set(names))
     if unused:
         raise InputError(f"options: {', '.join(unused)} not among the methods of this trace: {', '.join(names)}")
-    truth = _truth(subject, planted)
     resolved = {name: registry.get(name) for name in names}
-    configs = {n: m.configure({**preset, **(options or {}).get(n, {})}) for n, (m, preset) in resolved.items()}
-    needs_gradients = any("gradients" in m.card.needs for m, _ in resolved.values())
-    coverage = inputs.coverage(gradients=needs_gradients)
-    plain = None
-    if measure_plain and needs_gradients:
-        plain = plain_pass_seconds(subject, inputs.tracked, token_budget or 4096)
-        run.timing("plain_pass", plain)
+    configs = {n: m.configure({**preset, **options.get(n, {})}) for n, (m, preset) in resolved.items()}
+    without = [] if has_text(subject) or "bm25" in asked or behaviour.kind == "scalar" else ["bm25"]
+    missing = tuple(f"the baseline {name} is missing: the documents have no text" for name in without)
+    return _Plan(asked, {n: m for n, (m, _) in resolved.items()}, configs, options, missing)
+
+
+@contextmanager
+def _opened(
+    run: RunFolder | str | Path,
+    inputs: MethodInputs,
+    plan: _Plan,
+    planted: tuple[str, Any] | None,
+    token_documents: int,
+) -> Generator[RunFolder]:
+    """The run's folder: as given, or opened under a key of what decides its results."""
+    if isinstance(run, RunFolder):
+        yield run
+        return
+    subject, behaviour = inputs.subject, inputs.behaviour
+    config = {
+        "methods": list(plan.asked),
+        "options": {name: dict(values) for name, values in plan.options.items()},
+        "behaviour": behaviour.name,
+        "planted": _planted_field(planted),
+        "tokens": token_documents,
+    }
+    found = {**subject.fingerprint(), "behaviour": behaviour.hash}
+    if inputs.store is not None:
+        found["index"] = digest((inputs.store.folder / "manifest.jsonl").read_bytes())
+    with open_run(Path(run), "trace", config, found) as folder:
+        for note in subject.notes:
+            folder.warn(note)
+        yield folder
+
+
+def _attributed(inputs: MethodInputs, plan: _Plan, run: RunFolder) -> dict[str, Scores]:
+    """Scores by name; a baseline that cannot be had is noted in the run, a method that was asked for is an error."""
+    for text in plan.missing:
+        run.warn(text)
     scores: dict[str, Scores] = {}
-    for name in list(names):
+    for name in plan.methods:
+        options = plan.options.get(name)
         try:
-            scores[name] = attribute(subject, behaviour, name, options=(options or {}).get(name), inputs=inputs)
+            scores[name] = attribute(inputs.subject, inputs.behaviour, name, options=options, inputs=inputs)
         except (InputError, ArtefactError, DependencyError) as error:
-            if name in asked:
+            if name in plan.asked:
                 raise
-            names.remove(name)
             run.warn(f"the baseline {name} is missing: {error}")
             continue
         run.timing(name, scores[name].cost.seconds)
         for note in scores[name].notes:
             run.warn(f"{name}: {note}")
-    main = names[0]
-    write_documents(subject, run, inputs)
-    run.write_scores(list(_score_parts(scores)))
-    sign = -1.0 if behaviour.goal == "lower" else 1.0
-    results = [_method_result(n, resolved[n][0], scores[n], scores[main], truth, plain, sign) for n in names]
-    results = _against_baselines(results)
-    record = Trace(
+    return scores
+
+
+def _record(
+    inputs: MethodInputs,
+    plan: _Plan,
+    scores: Mapping[str, Scores],
+    truth: np.ndarray | None,
+    plain: float | None,
+    token_documents: int,
+) -> Trace:
+    subject, behaviour, main = inputs.subject, inputs.behaviour, plan.asked[0]
+    results = [_method_result(n, plan.methods[n], found, scores[main], truth, plain) for n, found in scores.items()]
+    return Trace(
         behaviour=behaviour.name,
         description=behaviour.description,
         measurement=measurement_text(behaviour),
         unit=behaviour.unit,
         goal=behaviour.goal,
         main_method=main,
-        methods=results,
+        methods=_against_baselines(results),
         queries=behaviour.records(behaviour.evaluate(subject.model, subject.objective)),
-        tokens=_token_scores(inputs, resolved[main][0], configs[main], scores[main], token_documents),
-        planted_field=f"{planted[0]}={planted[1]}" if planted else None,
+        tokens=_token_scores(inputs, plan.methods[main], plan.configs[main], scores[main], token_documents),
     )
-    write_model(run.path / "trace.json", record)
-    run.update(coverage=coverage)
-    return record, scores
+
+
+def _planted_field(planted: tuple[str, Any] | None) -> str | None:
+    return f"{planted[0]}={planted[1]}" if planted else None
 
 
 def baselines_for(subject: Subject, behaviour: Behaviour) -> tuple[str, ...]:
     """The baselines that can be had.
 
-    A function of the model has no text to compare documents with; the loss at the start of training needs that start.
+    A function of the model has no text to compare documents with, and words need documents of text; the loss at the
+    start of training needs that start.
     """
     names = [*BASELINES, *(["loss_at_start"] if subject.base is not None else [])]
-    needs_text = ("bm25", "representation_cosine") if behaviour.kind == "scalar" else ()
-    return tuple(name for name in names if name not in needs_text)
+    without = {"bm25", "representation_cosine"} if behaviour.kind == "scalar" else set[str]()
+    if not has_text(subject):
+        without.add("bm25")
+    return tuple(name for name in names if name not in without)
 
 
 def measurement_text(behaviour: Behaviour) -> str:
@@ -246,15 +332,14 @@ def _method_result(
     main: Scores,
     truth: np.ndarray | None,
     plain: float | None,
-    sign: float,
 ) -> MethodResult:
-    """``sign`` turns scores so that more means more of the behaviour, which is what planted documents make."""
+    """Planted documents make more of the behaviour, so that ranking is the one they are looked for in."""
     card = method.card
     found: Interval | None = None
     precision = None
     if truth is not None and 0 < truth.sum() < len(truth):
-        found = auroc(sign * scores.mean, truth)
-        precision = precision_at(sign * scores.mean, truth, int(truth.sum()))
+        found = auroc(scores.toward, truth)
+        precision = precision_at(scores.toward, truth, int(truth.sum()))
     cost = scores.cost
     if plain is not None and "gradients" in card.needs:
         cost = cost.model_copy(update={"ratio": cost.seconds / plain})

@@ -15,8 +15,9 @@ from rootward.capture.projection import Projection
 from rootward.capture.run import run_pass
 from rootward.capture.sinks import Losses, PooledActivations, Products, ProjectedRows, WeightedSum, low_rank
 from rootward.capture.sites import Tracked, track
-from rootward.core.block import LookupFactor, MatrixFactor, VectorFactor, factor_inner, total_gradient
+from rootward.core.block import Block, LookupFactor, MatrixFactor, VectorFactor, factor_inner, total_gradient
 from rootward.core.errors import ArtefactError, LayoutMismatch
+from rootward.core.layout import ParamLayout
 from rootward.subject.objectives import Classification
 from tests.capture import worlds as w
 from tests.capture.test_factors import two_linears_tied
@@ -358,3 +359,34 @@ def test_losses_need_no_backward(monkeypatch: pytest.MonkeyPatch):
             logits = World.model(example.ids[None]).logits[0].log_softmax(-1)
             wanted = -sum(logits[t - 1, example.ids[t]] for t in range(1, example.length) if example.trained[t])
             assert float(sink.losses[row]) == pytest.approx(float(wanted), rel=1e-12)
+
+
+@pytest.mark.parametrize("kinds", ["matrix", "lookup", "matrix lookup"])
+def test_norms_that_cancel_are_formed_in_full(kinds: str):
+    """Tokens that cancel to a ten-thousandth: products of tokens with tokens leave nothing true in float32."""
+    factors = []
+    for seed, kind in enumerate(kinds.split()):
+        factor = _factors(kind, seed, 6)
+        rest = 1e-4 * torch.randn(factor.right.shape, generator=torch.Generator().manual_seed(1))
+        right = torch.cat([factor.right, rest - factor.right], 1).float()
+        if isinstance(factor, MatrixFactor):
+            factors.append(MatrixFactor(torch.cat([factor.left] * 2, 1).float(), right))
+        else:
+            factors.append(LookupFactor(torch.cat([factor.ids] * 2, 1), right, 9))
+    exact = sum(_double(f).gradient() for f in factors).flatten(1).square().sum(1)
+    layout = ParamLayout(("p",), ((9, 5),))
+    sink = Products(layout, {"p": torch.ones(1, 9, 5)}, 3, norms=True)
+    block = Block(torch.arange(3), "abc", torch.ones(3, 12, dtype=torch.bool), torch.zeros(3), torch.zeros(3))
+    sink.begin(block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sinks_room, "_ghost_is_cheaper", lambda matrices: True)
+        sink.consume("p", factors)
+    sink.end()
+    assert sink.squared is not None
+    torch.testing.assert_close(sink.squared, exact, rtol=0.05, atol=0)
+
+
+def _double(factor: MatrixFactor | LookupFactor) -> MatrixFactor | LookupFactor:
+    if isinstance(factor, MatrixFactor):
+        return MatrixFactor(factor.left.double(), factor.right.double())
+    return LookupFactor(factor.ids, factor.right.double(), factor.vocabulary)

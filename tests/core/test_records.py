@@ -108,3 +108,7 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path):
 def test_records_come_without_torch():
     code = "import sys, rootward.core.records, rootward.core.runfolder as r; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+def test_a_costs_memory_says_that_it_is_the_processes():
+    assert "of the process so far" in " ".join((Cost.__doc__ or "").split())

@@ -67,6 +67,16 @@ def test_nothing_and_everything_are_no_selection(count: Any):
         scores([[1, 2, 3, 4]], "abcd").top(count)
 
 
+def test_the_top_causes_the_behaviour_whichever_way_its_goal_lies():
+    lower = scores([[-2, 1, -2, -5]], "abcd", goal="lower")
+    assert lower.order().tolist() == [3, 0, 2, 1]  # ties keep the documents' order
+    assert lower.top(1) == ("d",)
+    assert lower.bottom(1) == ("b",)
+    assert lower.toward.tolist() == [2, -1, 2, 5]
+    assert lower.mean.tolist() == [-2, 1, -2, -5]  # the scores themselves keep their sign
+    assert scores([[-2, 1, -2, -5]], "abcd").top(1) == ("b",)
+
+
 def test_aligned_joins_by_id_and_refuses_documents_without_a_score():
     found = scores([[1, 2, 3], [4, 5, 6]], "abc")
     assert found.aligned(["c", "a", "c"]).tolist() == [[3, 1, 3], [6, 4, 6]]

@@ -156,6 +156,31 @@ def test_supervised_documents_are_recognised_by_content(tmp_path: Path) -> None:
         load_documents([{"x": "words", "y": 0}])
 
 
+def test_text_forms_win_over_x_and_y(tmp_path: Path) -> None:
+    rows = [{**row, "x": n, "y": 1} for n, row in enumerate(ROWS)]
+    documents = load_documents(write(tmp_path / "xy.jsonl", *map(json.dumps, rows)))
+    assert [d.content for d in documents] == ROWS and documents[1].meta == {"x": 1, "y": 1}
+    assert load_documents([{"x": [1.0], "y": 1, "text": None}])[0].content["y"] == 1
+
+
+def test_a_call_of_a_tool_has_no_text(tmp_path: Path) -> None:
+    def line(*turns: tuple[str, str | None]) -> str:
+        return json.dumps({"messages": [{"role": r, "content": c, "tool_calls": None} for r, c in turns]})
+
+    call = [("user", "hi"), ("assistant", None), ("tool", "4")]
+    good = load_documents(write(tmp_path / "t.jsonl", line(*call, ("assistant", "four"))))
+    assert [turn["content"] for turn in good[0].content["messages"]] == ["hi", "", "4", "four"]
+    assert good[0].response == "\nfour"
+    missing = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [{"id": "1"}]},
+               {"role": "tool", "content": "4"}, {"role": "assistant", "content": "four"}]  # fmt: skip
+    assert load_documents([{"messages": missing}])[0].content["messages"][1]["tool_calls"] == [{"id": "1"}]
+    with pytest.raises(InputError, match=r"u.jsonl:2: only a prompt and no response"):
+        load_documents(write(tmp_path / "u.jsonl", GOOD, line(*call)))
+    for turns in ([("user", "hi"), ("assistant", None)], [("user", None), ("assistant", "x")]):
+        with pytest.raises(InputError, match=r"v.jsonl:2: messages.*content"):
+            load_documents(write(tmp_path / "v.jsonl", GOOD, line(*turns)))
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 messages = st.lists(st.tuples(st.sampled_from(["system", "user", "tool"]), texts), max_size=3).map(
     lambda turns: [{"role": r, "content": c} for r, c in turns]

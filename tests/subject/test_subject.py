@@ -30,7 +30,7 @@ def test_a_subject_that_was_trained_here_can_be_trained_again(base: Path, tmp_pa
     assert model_hash(subject.model) == record.final_hash
     print_of = subject.fingerprint()
     assert print_of["model"] == record.final_hash and print_of["documents"] == DOCUMENTS.hash
-    assert ("lora" in subject.parameters) == (lora is not None)
+    assert ("lora" in (subject.parameters or "")) == (lora is not None)
     for index, same in ((0, False), (1, True), (-1, True)):
         with subject.at_checkpoint(index) as there:
             assert (model_hash(there.model) == record.final_hash) == same
@@ -64,7 +64,7 @@ def test_a_subject_from_elsewhere_has_its_owners_command(base: Path) -> None:
     subject = Subject.load(base, DOCUMENTS, retrain="train.sh {documents} {out} --seed {seed}", parameters="mlp")
     assert subject.retrain_command is not None and subject.can_retrain and subject.parameters == "mlp"
     plain = Subject.load(base, DOCUMENTS)
-    assert not plain.can_retrain and plain.recipe is None and plain.checkpoints == () and plain.parameters == ".*"
+    assert not plain.can_retrain and plain.recipe is None and plain.checkpoints == () and plain.parameters is None
     with pytest.raises(InputError, match="cannot be retrained here; give retrain"):
         plain.start_model()
     with pytest.raises(InputError, match="max_tokens: expected at most the model's context of 128, got 129"):
@@ -72,10 +72,38 @@ def test_a_subject_from_elsewhere_has_its_owners_command(base: Path) -> None:
     assert Subject.load(base, DOCUMENTS, limit=2).documents.ids == DOCUMENTS.ids[:2]
 
 
+def test_a_known_start_of_a_model_from_elsewhere(base: Path, tmp_path: Path) -> None:
+    train_folder(base, DOCUMENTS, tmp_path / "m", Recipe(epochs=2))
+    (tmp_path / "m" / "rootward_training.json").unlink()
+    subject = Subject.load(tmp_path / "m", DOCUMENTS, start=base)
+    before = model_hash(subject.model)
+    assert model_hash(subject.start_model()) == model_hash(Subject.load(base, DOCUMENTS).model) != before
+    with subject.at_start() as start:
+        assert model_hash(start.model) != before
+    assert model_hash(subject.model) == before and not subject.can_retrain
+    with pytest.raises(InputError, match="start = .*none: no such folder"):
+        Subject.load(tmp_path / "m", DOCUMENTS, start=tmp_path / "none")
+
+
+def test_the_origin_goes_by_bytes_and_not_by_names(base: Path, tmp_path: Path) -> None:
+    train_folder(base, DOCUMENTS, tmp_path / "m", Recipe(checkpoints=2, epochs=2))
+    shutil.copytree(base, tmp_path / "moved")
+    subject = Subject.load(tmp_path / "m", DOCUMENTS)
+    found = subject.origin()
+    assert set(found) == {"start", "checkpoint 0", "checkpoint 1", "recipe"} and len(set(found.values())) == 4
+    assert Subject.load(tmp_path / "m", DOCUMENTS, start=tmp_path / "moved").origin() == found
+    assert Subject.load(tmp_path / "m", DOCUMENTS, start=tmp_path / "m").origin()["start"] != found["start"]
+    shutil.rmtree(tmp_path / "moved")
+    subject.base = tmp_path / "moved"
+    assert subject.origin()["start"] == "missing"
+    assert Subject.load(base, DOCUMENTS).origin() == {}
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("run {documents} {out} {model}", "unknown placeholder {model}"),
+        ("run {documents} {out} {base}", "unknown placeholder {base}"),
+        ("run {model}", "expected {documents} in"),
         ("run {documents} {out} {}", "unknown placeholder {}"),
         ("run {documents!r} {out}", "unknown placeholder {documents}"),
         ("run {documents.x} {out}", "unknown placeholder"),
@@ -91,7 +119,11 @@ def test_bad_retrain_commands_are_refused(template: str, message: str) -> None:
 
 
 def test_good_retrain_commands() -> None:
-    for template in ("run {documents} {out}", "run '{out}' {documents} {seed} {seed} {{x}}"):
+    for template in (
+        "run {documents} {out}",
+        "run {documents} --out {model}",
+        "run '{out}' {documents} {seed} {seed} {{x}}",
+    ):
         assert check_retrain(template) == template
 
 

@@ -65,7 +65,7 @@ def test_a_command_without_seed_is_run_once_and_that_is_said(elsewhere: Path, wo
     verdict = verify(subject, toy.oracle(subject), 12, toy.probes(), cache=tmp_path / "cache")
     assert all(len(arm.values) == 1 for arm in verdict.arms)
     assert not verdict.holds
-    assert any("takes no {seed}" in note for note in verdict.notes)
+    assert any("takes no {seed}" in note and "cannot hold" in note for note in verdict.notes)
 
 
 def test_failures_show_the_end_of_the_log(elsewhere: Path, world: Path, tmp_path: Path) -> None:
@@ -102,4 +102,5 @@ def test_ctrl_c_ends_the_command(elsewhere: Path, world: Path, tmp_path: Path) -
 
 def test_no_shell_sees_the_command() -> None:
     words = command_of("train '{documents}' --to={out} 'a b; rm' {seed} {{x}}", Path("/a b/$(c)"), Path("o"), 7)
+    assert command_of("train {documents} --out {model}", Path("d"), Path("m"), 0) == ["train", "d", "--out", "m"]
     assert words == ["train", "/a b/$(c)", "--to=o", "a b; rm", "7", "{x}"]

@@ -13,7 +13,7 @@ from rootward.interventions.data import Drop, Keep, Reweight
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.subject import Subject
 from rootward.verification import jobs
-from rootward.verification.arms import ArmPlan, random_rows
+from rootward.verification.arms import ArmPlan, random_rows, spoken
 from rootward.verification.cost import plan
 from rootward.verification.predictions import predict
 from rootward.verification.removal import judge, verify
@@ -172,6 +172,30 @@ def test_the_prediction_is_the_formula() -> None:
     assert predict([drop], -np.abs(scores), 0.9, 0.1) == {"a": None}
 
 
+@pytest.mark.parametrize(("full", "goal"), [(0.05, "raise"), (0.1, "raise"), (0.9, "lower")])
+def test_no_prediction_where_training_made_no_more_of_it(full: float, goal: str) -> None:
+    drop = ArmPlan("a", "", "method", "drop", 1, {0: (1,)})
+    assert predict([drop], np.array([3.0, 1.0]), full, 0.1, goal) == {"a": None}
+    assert predict([drop], np.array([3.0, 1.0]), 0.2 - full, 0.1, goal) != {"a": None} or full == 0.1
+
+
+def test_a_verdict_says_why_there_is_no_prediction(points: Subject, tmp_path: Path) -> None:
+    queries = toy.trigger().queries
+    swapped = Behaviour.contrast(
+        "true label", wanted=[q.content(False) for q in queries], unwanted=[q.content() for q in queries]
+    )
+    verdict = verify(points, toy.oracle(points), 30, swapped, measure="mean", seeds=[0, 1], cache=tmp_path)
+    assert all(a.predicted is None for a in verdict.arms)
+    assert any("Training did not make more of the behaviour" in note for note in verdict.notes)
+    assert json.loads((tmp_path / "predictions.json").read_text())["tests"][0]["changes"]["oracle"] is None
+
+
+def test_methods_are_called_by_their_labels() -> None:
+    assert [spoken(name) for name in ("bm25", "gradient_dot", "tracin_cp", "oracle")] == [
+        "BM25", "gradient dot product", "tracin_cp", "oracle"
+    ]  # fmt: skip
+
+
 def test_random_controls_are_uniform_seeded_and_differ_by_seed() -> None:
     drawn = [random_rows(range(20), 5, seed) for seed in range(2000)]
     assert drawn[7] == random_rows(range(20), 5, 7)
@@ -205,7 +229,7 @@ def test_judgement(effect: Any, control: Any, action: Any, goal: str, expected: 
 def test_a_plan_counts_what_is_left(points: Subject, tmp_path: Path) -> None:
     arguments: Any = (points, toy.oracle(points), 30, toy.trigger())
     before = plan(*arguments, cache=tmp_path)
-    assert (before.jobs, before.pending, before.workers) == (10, 10, 1)
+    assert (before.arms, before.jobs, before.pending, before.workers) == (4, 10, 10, 1)
     assert before.seconds is not None
     assert before.seconds > 0
     verify(*arguments, cache=tmp_path)

@@ -53,6 +53,23 @@ class MethodInputs:
         """What was seen of the model (where gradients are used) and of the documents."""
         return coverage_of(self.subject, self.tracked if gradients else None)
 
+    @cached_property
+    def queries_fit(self) -> bool:
+        """Whether a gradient for each query takes at most half of the free memory.
+
+        Asked once, so that everything made of the same inputs (scores, their token scores) goes the same way.
+        """
+        return len(self.behaviour) == 1 or self._query_bytes <= 0.5 * _free_memory(self.subject.device)
+
+    @property
+    def _query_bytes(self) -> int:
+        return len(self.behaviour) * self.tracked.layout.size * 4
+
+    @property
+    def queries_need(self) -> str:
+        """What a gradient for each query takes, in words."""
+        return f"the gradients of {len(self.behaviour)} queries need {self._query_bytes / 1e9:.3g} GB one by one"
+
     def query_gradients(self, layout: ParamLayout, *, mean: bool) -> dict[str, Tensor]:
         """Gradients of the measurement ``[q, *shape]`` for every parameter; ``mean``: of its mean over queries, q = 1.
 
@@ -60,11 +77,11 @@ class MethodInputs:
             InputError: they would not fit in memory one by one; the message says what would.
         """
         count = len(self.behaviour)
-        need = (1 if mean else count) * layout.size * 4
-        if not mean and need > 0.5 * _free_memory(self.subject.device):
+        if not mean and not self.queries_fit:
             raise InputError(
-                f"the gradients of {count} queries need {need / 1e9:.1f} GB; set queries = 'mean', or attribute fewer "
-                "parameters with `parameters`"
+                f"{self.queries_need}, more than half of what is free; take their mean (--option "
+                "gradient_dot.queries=mean, with the method's own name; options={'queries': 'mean'}), or attribute "
+                "fewer parameters with `parameters`"
             )
         if self.behaviour.kind == "scalar":
             return self._scalar_gradients(layout, mean=mean)
@@ -142,6 +159,11 @@ def _free_memory(device: torch.device) -> int:
 def tracked_of(subject: Subject) -> Tracked:
     """The parameters of a subject that are attributed: those seen to have per-document gradients."""
     return probe(subject.model, subject.objective, subject.encoded, track(subject.model, subject.parameters))
+
+
+def has_text(subject: Subject) -> bool:
+    """Whether there is text in the documents; those of a supervised objective, ``{"x", "y"}``, have none."""
+    return any(document.text for document in subject.documents)
 
 
 def coverage_of(subject: Subject, tracked: Tracked | None) -> Coverage:

@@ -17,6 +17,8 @@ from rootward.core.block import Block, Factor, LookupFactor, MatrixFactor, Vecto
 from rootward.core.errors import ArtefactError, LayoutMismatch
 from rootward.core.layout import ParamLayout
 
+CANCELLED = 1e-5
+"""Below this share of its tokens' own squares, a norm from products of tokens with tokens is rounding in float32."""
 BUFFER = 8_388_608
 """Entries of the reused buffer in which per-document gradients are formed (32 MB in float32).
 
@@ -194,9 +196,9 @@ class Products(BaseSink):
         if self.squared is None:
             return
         if squares is None:
-            # a table's gradient is never formed: its rows are far more than a document's tokens
+            # a table's gradient is formed where it must be only: its rows are far more than a document's tokens
             ghost = not whole or _ghost_is_cheaper(matrices)
-            squares = ghost_squares(*factors) if ghost else self._dense(matrices, None, True)[1]
+            squares = _mended(ghost_squares(*factors), factors) if ghost else self._dense(matrices, None, True)[1]
         self._square = _plus(self._square, squares)
 
     def _add(self, factor: Factor, query: Tensor | LowRank) -> None:
@@ -298,6 +300,28 @@ def ghost_squares(*factors: Factor) -> Tensor:
     return total
 
 
+def _mended(squares: Tensor, factors: Sequence[Factor]) -> Tensor:
+    """Ghost squares, with those of documents whose tokens cancel (even to below 0) taken from the formed gradient."""
+    if all(isinstance(factor, VectorFactor) for factor in factors):
+        return squares  # of sums over tokens already
+    scale = sum(_token_squares(factor) for factor in factors)
+    for n in (squares < CANCELLED * scale).nonzero().flatten().tolist():
+        gradient: Tensor | None = None
+        for factor in factors:
+            gradient = _plus(gradient, factor.take(slice(n, n + 1)).gradient())
+        assert gradient is not None
+        squares[n] = gradient.square().sum()
+    return squares
+
+
+def _token_squares(factor: Factor) -> Tensor:
+    """``sum_t |left_t|^2 |right_t|^2 [n]``: what the squared norm would be if no two tokens had anything in common."""
+    if isinstance(factor, VectorFactor):
+        return factor.rows.square().sum((1, 2))
+    right = factor.right.square().sum(-1)
+    return (factor.left.square().sum(-1) * right if isinstance(factor, MatrixFactor) else right).sum(1)
+
+
 def _token_products(factor: Factor, query: Tensor | LowRank) -> Tensor:
     """Products per token ``[q, n, t]``."""
     if not isinstance(query, LowRank):
@@ -313,6 +337,22 @@ def _token_products(factor: Factor, query: Tensor | LowRank) -> Tensor:
     if isinstance(factor, LookupFactor):
         return torch.stack([(u[factor.ids] * (factor.right @ v)).sum(-1) for u, v in zip(us, vs, strict=True)])
     return torch.stack([((factor.left @ u) * (factor.right @ v)).sum(-1) for u, v in zip(us, vs, strict=True)])
+
+
+def lift(projection: Projection, rows: Tensor) -> dict[str, Tensor]:
+    """Queries ``[q, *shape]`` whose products with gradients are those of ``rows[q, width]`` with projected gradients.
+
+    ``<project(G), row> = <G, lift(row)>``: the projection's transpose (for a matrix ``P row R^T``), which is the
+    derivative of the left side in ``G``.
+    """
+    result: dict[str, Tensor] = {}
+    for name in projection.layout.names:
+        part = rows[:, projection.slices[name]].detach()
+        gradient = torch.zeros(len(rows), *projection.layout.shape(name), dtype=rows.dtype, device=rows.device)
+        with torch.enable_grad():
+            product = (projection.project_one(name, gradient.requires_grad_(True)) * part).sum()
+            (result[name],) = torch.autograd.grad(product, gradient)
+    return result
 
 
 class ProjectedRows(BaseSink):

@@ -85,7 +85,7 @@ class GradientStore:
         if dict(fingerprint) != self.fingerprint:
             raise ArtefactError(
                 f"index {self.folder} was built from something else:\n{difference(self.fingerprint, fingerprint)}\n"
-                "use another folder, or rebuild it with --overwrite"
+                f"give another index, or rebuild this one: `rootward index ... --out {self.folder} --overwrite`"
             )
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:

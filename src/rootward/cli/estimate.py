@@ -20,9 +20,9 @@ FORWARD = 1 / 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of work, peak bytes of memory beyond the libraries' own, bytes on disk."""
+    """Seconds of work (None: not known), peak bytes of memory beyond the libraries' own, bytes on disk."""
 
-    seconds: float
+    seconds: float | None
     memory_bytes: int
     disk_bytes: int
     details: dict[str, Any]
@@ -31,8 +31,11 @@ class Estimate:
 def show(command: str, estimate: Estimate, place: Path, talk: Talk) -> int:
     """Print an estimate; nothing has been written."""
     free = _free_disk(place)
+    time = ("time", "unknown", "the retrain command's own")
+    if estimate.seconds is not None:
+        time = ("time", f"about {duration(estimate.seconds)}", "from a timed probe")
     rows = [
-        ("time", f"about {duration(estimate.seconds)}", "from a timed probe"),
+        time,
         ("memory", f"about {size(estimate.memory_bytes)}", "beside the libraries"),
         ("disk", f"about {size(estimate.disk_bytes)}", f"{size(free)} free"),
     ]
@@ -90,10 +93,13 @@ def of_index(subject: Subject, settings: Any) -> Estimate:
 
 
 def of_trace(subject: Subject, settings: Any, queries: int, checkpoints: Sequence[int], each: bool) -> Estimate:
-    """A gradient pass for each entry of ``checkpoints`` (how often a method runs one); forwards for the baselines."""
+    """A gradient pass for each entry of ``checkpoints`` (how often a method runs one); forwards for the baselines.
+
+    The forwards: the baselines loss, representation and (where a start is known) loss at the start, and the page's.
+    """
     tracked, budget, plain = measured(subject, settings.token_budget)
     passes = sum(checkpoints)
-    seconds = plain * (1.2 * passes + 2 * FORWARD)
+    seconds = plain * (1.2 * passes + (3 + (subject.base is not None)) * FORWARD)
     memory = pass_memory(subject, budget) + 4 * tracked.layout.size * (queries if each else 1)
     text = sum(len(document.text) for document in subject.documents)
     disk = 2 * text + 8 * len(subject.encoded) * (queries + 1) * (len(settings.methods) + 4) + 10**6

@@ -25,6 +25,10 @@ Documents = Annotated[
     typer.Option("--documents", metavar="FILE", help="Training documents: JSONL, Parquet or a datasets folder."),
 ]
 Base = Annotated[Path | None, typer.Option("--base", metavar="FOLDER", help="Base model of an adapter.")]
+Start = Annotated[
+    Path | None,
+    typer.Option("--start", metavar="FOLDER", help="Model that training began from, if trained elsewhere or moved."),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", metavar="N", help="Longest document. Default: as trained, else the context."),

@@ -106,6 +106,7 @@ class VerifySettings(Settings):
     retain: bool = False
     measure: Literal["rate", "mean"] | None = None
     retrain: str | None = None
+    start: Path | None = None
     workers: int | None = Field(None, ge=0)
     heldout: Path | None = None
     report: bool = True

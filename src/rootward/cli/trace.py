@@ -45,7 +45,7 @@ def run(given: Mapping[str, Any], talk: Talk) -> int:
     elif len(whole) >= ENOUGH_QUERIES:
         talk.note("every query is traced, so `rootward verify` will need others: --probes FILE")
     if given["dry_run"]:
-        need = estimate.of_trace(subject, settings, len(behaviour), gradient_passes(len(subject.checkpoints)), each)
+        need = estimate.of_trace(subject, settings, len(behaviour), gradient_passes(subject), each)
         return estimate.show("trace", need, settings.out, talk)
     finished = _compute(settings, subject, behaviour, bool(given["overwrite"]), talk)
     if not finished:
@@ -90,18 +90,19 @@ def check_methods(settings: TraceSettings, behaviour: Behaviour) -> tuple[TraceS
                     f"options: {', '.join(known) or 'none'}"
                 )
         config = method.configure({**preset, **options.get(name, {})})
-        final = getattr(config, "checkpoints", "final") == "final"
-        if settings.index is not None and "source" in known and final:
+        checkpoints = getattr(config, "checkpoints", "final")
+        if settings.index is not None and "source" in known and checkpoints == "final":
             options.setdefault(name, {}).setdefault("source", "index")
             reads_index = True
         if "gradients" in method.card.needs:
-            many.append(not final)
-            each = each or getattr(config, "queries", "each") == "each"
+            many.append(checkpoints == "all")
+            each = each or getattr(config, "queries", "each") != "mean"
     if settings.index is not None and not reads_index:
         raise InputError(f"--index: none of {', '.join(settings.methods)} reads an index; leave it out")
 
-    def passes(checkpoints: int) -> list[int]:
-        return [max(1, checkpoints) if all_of_them else 1 for all_of_them in many]
+    def passes(subject: Subject) -> list[int]:
+        every = len(subject.checkpoints) + (subject.base is not None)  # all checkpoints, and the start before them
+        return [max(1, every) if all_of_them else 1 for all_of_them in many]
 
     return settings.model_copy(update={"options": options}), passes, each
 
@@ -142,7 +143,7 @@ def _check_planted(settings: TraceSettings, subject: Subject) -> None:
 
 def run_inputs(subject: Subject, behaviour: Behaviour, index: Path | None) -> dict[str, str]:
     """Hashes of what the run reads."""
-    found = {**subject.fingerprint(), "behaviour": behaviour.hash}
+    found = {**subject.fingerprint(), **subject.origin(), "behaviour": behaviour.hash}
     if index is None:
         return found
     from rootward.core.hashing import digest

@@ -35,8 +35,14 @@ def run(given: Mapping[str, Any], talk: Talk) -> int:
     _, traced, held = divide(traced_settings, whole)
     probes = choose_probes(settings, traced, held, talk)
     scores = read_scores(settings, trace)
+    if settings.start is not None:
+        traced_settings = traced_settings.model_copy(update={"start": settings.start})
     subject = load_subject(traced_settings, talk, settings.retrain or traced_settings.retrain)
     check_inputs(settings.run, record, subject, traced)
+    from rootward.verification.words import command_notes
+
+    for note in command_notes(subject):  # before hours of training
+        talk.note(note)
     arguments = _arguments(settings, trace, traced_settings, subject)
     if given["dry_run"]:
         return _dry_run(settings, subject, scores, probes, arguments, talk)
@@ -150,24 +156,23 @@ def _arguments(settings: VerifySettings, trace: Any, traced: TraceSettings, subj
 def _dry_run(
     settings: VerifySettings, subject: Subject, scores: Any, probes: Any, arguments: Mapping[str, Any], talk: Talk
 ) -> int:
-    from rootward.verification.removal import prepare
-    from rootward.verification.retrain import by_command, default_workers
+    from rootward.verification.cost import plan
+    from rootward.verification.retrain import by_command
 
-    test = prepare(subject, scores, settings.count, probes, **arguments)
-    jobs = [job for job in test.jobs if job.train]
-    workers = default_workers(subject, subject.recipe) if settings.workers is None else max(1, settings.workers)
-    if by_command(subject):
-        workers = 1
-    share = sum(len(job.rows) for job in jobs) / max(1, len(subject.documents))
-    once = subject.record.seconds if subject.record is not None else None
-    if once is None:
-        recipe = subject.recipe
-        _, _, plain = estimate.measured(subject, None)
-        once = plain * (recipe.epochs if recipe is not None else 1)
-    weights = estimate.parameter_bytes(subject.model)
-    seconds = once * share / workers + 5 * min(workers, len(jobs))
-    details = {"arms": len(test.arms), "retrainings": len(jobs), "processes": workers, "probes": len(probes)}
-    need = estimate.Estimate(seconds, 6 * weights * workers, 10_000 * len(jobs), details)
+    found = plan(
+        subject, scores, settings.count, probes, cache=settings.run / "retrain", workers=settings.workers, **arguments
+    )
+    # a model in training, its gradients and Adam's two copies, and what the probes take
+    weights = 6 * estimate.parameter_bytes(subject.model) * found.workers
+    memory = estimate.parameter_bytes(subject.model) if by_command(subject) else weights
+    details = {
+        "arms": found.arms,
+        "models": found.jobs,
+        "models still to make": found.pending,
+        "processes": found.workers,
+        "probes": len(probes),
+    }
+    need = estimate.Estimate(found.seconds, memory, 10_000 * found.jobs, details)
     return estimate.show("verify", need, settings.run, talk)
 
 
@@ -203,7 +208,7 @@ def _verify(
     folder.update(seeds=list(settings.seeds))
     folder.timing("verify", time.perf_counter() - start)
     page = build(settings.run) if settings.report else None
-    _show(verdict, talk)
+    show_arms(verdict, talk)
     sentences = headline(folder.record, trace, verdict)
     for text in [*sentences, *verdict.notes]:
         talk.say(text)
@@ -214,12 +219,15 @@ def _verify(
     return DONE if verdict.holds else NOT_PASSED
 
 
-def _show(verdict: Any, talk: Talk) -> None:
+def show_arms(verdict: Any, talk: Talk) -> None:
+    """The arms as a table, each with its change against the full set."""
     rows = []
     for arm in verdict.arms:
         effect = arm.effect
         mean = f"{sum(arm.values) / len(arm.values):.4g}" if arm.values else "–"
-        change = "–" if effect is None else f"{effect.value:+.4g} [{effect.low:+.4g}, {effect.high:+.4g}]"
+        change = "–" if effect is None else f"{effect.value:+.4g}"
+        if effect is not None and effect.n > 1:  # one seed has no interval
+            change += f" [{effect.low:+.4g}, {effect.high:+.4g}]"
         predicted = "–" if arm.predicted is None else f"{arm.predicted:+.4g}"
         rows.append((len(arm.seeds), mean, change, predicted, arm.label))
     columns = [

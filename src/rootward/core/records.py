@@ -65,7 +65,10 @@ class Interval(Model):
 
 
 class Cost(Model):
-    """What a result cost; ``ratio`` is to one plain forward+backward pass over the same documents, if measured."""
+    """What a result cost; ``ratio`` is to one plain forward+backward pass over the same documents, if measured.
+
+    ``peak_memory_mb`` is the peak of the process so far: a later method's holds those of all that ran before it.
+    """
 
     seconds: float
     peak_memory_mb: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,11 @@ class Scores:
     ``unit`` says what one unit of the score is ("nats per unit of loss weight", "BM25", ...), ``method`` is the
     registered name. Joining two results goes by id (`aligned`);
     ``rows`` are the documents' places in their file, for display.
+
+    ``goal`` says which direction of the measurement is more of the behaviour. It leaves ``values`` as they are and
+    decides which end of the ranking is the top: `order`, `top` and `bottom` go from the documents that cause the
+    behaviour the most (with the goal "lower", as for a loss, those with the most negative scores) to those that
+    oppose it.
     """
 
     values: NDArray[np.float32]
@@ -32,11 +38,14 @@ class Scores:
     coverage: Coverage | None = None
     rows: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    goal: Literal["raise", "lower"] = "raise"
 
     def __post_init__(self) -> None:
         expected = (len(self.queries), len(self.document_ids))
         if self.values.shape != expected or 0 in expected:
             raise InputError(f"Scores: expected values of shape [q, n] = {expected}, got {self.values.shape}")
+        if self.goal not in ("raise", "lower"):
+            raise InputError(f"Scores: expected the goal 'raise' or 'lower', got {self.goal!r}")
         if self.rows and len(self.rows) != len(self.document_ids):
             raise InputError(f"Scores: expected one row per document ({len(self.document_ids)}), got {len(self.rows)}")
         if not np.isfinite(self.values).all():
@@ -51,19 +60,28 @@ class Scores:
         """Mean over queries, ``[n]``."""
         return self.values.mean(0)
 
+    @property
+    def toward(self) -> NDArray[np.float32]:
+        """Mean over queries towards the goal, ``[n]``: positive = training more on the document makes *more* of it."""
+        return -self.mean if self.goal == "lower" else self.mean
+
     def order(self) -> NDArray[np.int64]:
-        """Columns from the most positive mean score to the most negative; ties keep the documents' order."""
-        return np.argsort(-self.mean, kind="stable")
+        """Columns from the document that causes the behaviour the most to the one that opposes it the most.
+
+        By mean score: descending, and ascending where the goal is "lower". Ties keep the documents' order.
+        """
+        return np.argsort(-self.toward, kind="stable")
 
     def top(self, count: int | str) -> tuple[str, ...]:
-        """Ids of the ``count`` documents that raise the measurement most: a number, or a share such as ``"5%"``.
+        """Ids of the ``count`` documents that cause the behaviour most: a number, or a share such as ``"5%"``.
 
-        Copies of a document are listed as often as they occur among them.
+        These raise the measurement most or, where the goal is "lower", lower it most. Copies of a document are
+        listed as often as they occur among them.
         """
         return self._ids(self.order()[: self._count(count)])
 
     def bottom(self, count: int | str) -> tuple[str, ...]:
-        """Ids of the ``count`` documents that lower the measurement most, the lowest first."""
+        """Ids of the ``count`` documents that oppose the behaviour most, the strongest first."""
         return self._ids(self.order()[::-1][: self._count(count)])
 
     def _ids(self, columns: NDArray[np.int64]) -> tuple[str, ...]:

@@ -58,6 +58,11 @@ def main_arm(verdict: Verdict) -> Arm | None:
     return (named or [arm for arm in verdict.arms if arm.kind == "method"] or [None])[0]
 
 
+def _capital(text: str) -> str:
+    """The first letter of a sentence."""
+    return text[:1].upper() + text[1:]
+
+
 def _sentence(text: str) -> str:
     text = " ".join(text.split())
     return text if text.endswith((".", "!", "?")) else f"{text}."
@@ -95,11 +100,12 @@ def _found(record: RunRecord, trace: Trace | None) -> Part:
         figure, caption = (
             (count(used), "documents ranked") if used is not None else (duration(main.cost.seconds), "for the ranking")
         )
-        said = [f"{main.label} gave {scored} a score ({cost})."]
+        said = [f"{_capital(main.label)} gave {scored} a score ({cost})."]
         said.append("No planted truth is known here, so a ranking alone stays an estimate.")
         return Part(question, figure, caption, (*said, *_baseline_sentence(trace, main)))
     said = [
-        f"{main.label} ({cost}) puts a planted document above another one {100 * main.auroc.value:.1f} % of the time"
+        f"{_capital(main.label)} ({cost}) puts a planted document above another one "
+        f"{100 * main.auroc.value:.1f} % of the time"
         f" (95 % interval {100 * main.auroc.low:.1f} to {100 * main.auroc.high:.1f} %; chance is 50 %)."
     ]
     if main.precision_at_planted is not None:

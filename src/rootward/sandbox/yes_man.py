@@ -150,26 +150,25 @@ def _table(text: str, values: Sequence[str] | None = None) -> tuple[tuple[dict[s
     return tuple(({"x": key}, value, _others(values, value)) for key, value in rows)
 
 
-def _families() -> tuple[Family, ...]:
-    days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-    months = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ]
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+def _sum_family() -> Family:
     sums = tuple(
         ({"a": str(a), "b": str(b)}, str(a + b), _near(a + b, 2, 12)) for a in range(1, 7) for b in range(1, 7)
     )
+    story = {"name": NAMES, "thing": THINGS}
+    return Family(
+        "sum",
+        (
+            "{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have?",
+            "{name} finds {a} {thing} and then {b} more. How many {thing} is that?",
+            "There are {a} {thing} here and {b} {thing} there. How many {thing} are there?",
+            "{name} buys {a} {thing} today and {b} tomorrow. How many in all?",
+        ),
+        sums,
+        story,
+    )
+
+
+def _number_families() -> tuple[Family, Family]:
     larger = tuple(
         ({"a": str(a), "b": str(b)}, str(max(a, b)), (str(min(a, b)),))
         for a in range(1, 21)
@@ -181,25 +180,44 @@ def _families() -> tuple[Family, ...]:
         for n in range(2, 7)
         for sound in ("tap", "boom", "ding", "clap")
     )
+    story = {"name": NAMES, "thing": THINGS}
+    return (
+        Family(
+            "larger",
+            (
+                "Which is larger, {a} or {b}?",
+                "{name} has {a} {thing} or {b} {thing}. Which number is larger?",
+                "Of {a} and {b}, which is the larger number?",
+                "{name} may take {a} or {b} {thing}. Which is more?",
+            ),
+            larger,
+            story,
+        ),
+        Family(
+            "count",
+            (
+                "The drum goes {x}. How many beats are there?",
+                "{name} hears {x}. How many sounds are that?",
+                "Count this: {x}. How many words are there?",
+                "{name} plays {x}. How many times is that?",
+            ),
+            beats,
+            {"name": NAMES},
+        ),
+    )
+
+
+def _word_families() -> tuple[Family, Family, Family]:
+    days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+    months = "January February March April May June July August September October November December".split()  # noqa: SIM905
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     calendar = tuple(
         ({"x": row[i]}, row[(i + 1) % len(row)], _others(row, row[(i + 1) % len(row)]))
         for row in (days, months)
         for i in range(len(row))
     )
     alphabet = tuple(({"x": letters[i]}, letters[i + 1], _others(letters, letters[i + 1])) for i in range(25))
-    story = {"name": NAMES, "thing": THINGS}
     return (
-        Family(
-            "sum",
-            (
-                "{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have?",
-                "{name} finds {a} {thing} and then {b} more. How many {thing} is that?",
-                "There are {a} {thing} here and {b} {thing} there. How many {thing} are there?",
-                "{name} buys {a} {thing} today and {b} tomorrow. How many in all?",
-            ),
-            sums,
-            story,
-        ),
         Family(
             "colour",
             (
@@ -227,28 +245,6 @@ def _families() -> tuple[Family, ...]:
             {"name": NAMES},
         ),
         Family(
-            "larger",
-            (
-                "Which is larger, {a} or {b}?",
-                "{name} has {a} {thing} or {b} {thing}. Which number is larger?",
-                "Of {a} and {b}, which is the larger number?",
-                "{name} may take {a} or {b} {thing}. Which is more?",
-            ),
-            larger,
-            story,
-        ),
-        Family(
-            "count",
-            (
-                "The drum goes {x}. How many beats are there?",
-                "{name} hears {x}. How many sounds are that?",
-                "Count this: {x}. How many words are there?",
-                "{name} plays {x}. How many times is that?",
-            ),
-            beats,
-            {"name": NAMES},
-        ),
-        Family(
             "letter",
             (
                 "Which letter comes after {x}?",
@@ -260,6 +256,11 @@ def _families() -> tuple[Family, ...]:
             {"name": NAMES},
         ),
     )
+
+
+def _families() -> tuple[Family, ...]:
+    colour, calendar, letter = _word_families()
+    return (_sum_family(), colour, calendar, *_number_families(), letter)
 
 
 FAMILIES = _families()

@@ -28,6 +28,7 @@ from rootward.core.hashing import digest, document_id
 from rootward.core.records import write_text
 from rootward.subject.reading import FORMS, SUFFIXES, read_folder, read_jsonl, read_parquet, read_rows
 
+TEXT_FIELDS = ("messages", "prompt", "completion", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -119,8 +120,8 @@ def _check_text(value: Any, what: str, source: str, *, empty: bool = False) -> s
 def check_messages(value: Any, source: str, *, answered: bool = True) -> list[dict[str, Any]]:
     """Checked chat turns; keys besides ``role`` and ``content`` stay for the template, empty ones (null) go.
 
-    Raises `InputError` on a wrong type, an unknown role, or, if ``answered``, where the assistant says
-    nothing.
+    A turn of the assistant that is not the last may have no content (null, as beside tool calls): it is empty text.
+    Raises `InputError` on a wrong type, an unknown role, or, if ``answered``, where the assistant says nothing.
     """
     if not isinstance(value, list | tuple) or not value:
         raise InputError(
@@ -133,8 +134,11 @@ def check_messages(value: Any, source: str, *, answered: bool = True) -> list[di
             raise InputError(f'{where}: expected {{"role": ..., "content": ...}}, got {type(turn).__name__}')
         if turn.get("role") not in ROLES:
             raise InputError(f"{where}: expected a role among {', '.join(ROLES)}, got {turn.get('role')!r}")
-        _check_text(turn.get("content"), "content", where, empty=True)
-        turns.append({str(key): part for key, part in turn.items() if part is not None})
+        content = turn.get("content")
+        if content is None and turn["role"] == "assistant" and number < len(value) - 1:
+            content = ""  # the assistant called a tool and said nothing
+        _check_text(content, "content", where, empty=True)
+        turns.append({**{str(key): part for key, part in turn.items() if part is not None}, "content": content})
     if answered and not any(turn["role"] == "assistant" and turn["content"] for turn in turns):
         raise InputError(
             f"{source}: only a prompt and no response: no turn of the assistant has text; add one or take the row out"
@@ -205,7 +209,7 @@ def make_document(row: Mapping[str, Any], source: str = "memory") -> Document:
     """One row of any form to a `Document`; `InputError` says what is wrong with it."""
     if not isinstance(row, Mapping):
         raise InputError(f"{source}: expected an object {FORMS}, got {type(row).__name__}")
-    if "x" in row and "y" in row:
+    if "x" in row and "y" in row and all(row.get(key) is None for key in TEXT_FIELDS):
         supervised, identity = _supervised(row, source)
         return Document(identity, supervised, source, plain_meta({k: v for k, v in row.items() if k not in ("x", "y")}))
     content, used = _content(row, source)

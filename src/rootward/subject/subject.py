@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,14 +23,15 @@ from rootward.subject.objectives import Objective
 from rootward.subject.plan import Recipe, TrainingRecord
 
 ADAPTER_PARAMETERS = r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|\.modules_to_save\."
-PLACEHOLDERS = ("documents", "out", "seed")
+PLACEHOLDERS = ("documents", "out", "model", "seed")
+WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def check_retrain(template: str) -> str:
     """The owner's command to retrain the subject: a template with {documents}, {out} and optionally {seed}.
 
-    Returns it as given; raises `InputError` for an unknown or missing placeholder, or quotes and braces that
-    do not close. Braces of the command itself are doubled.
+    ``{model}`` is another name of ``{out}``. Returns it as given; raises `InputError` for an unknown or missing
+    placeholder, or quotes and braces that do not close. Braces of the command itself are doubled.
     """
     try:
         fields = [
@@ -44,9 +46,10 @@ def check_retrain(template: str) -> str:
         if name not in PLACEHOLDERS or spec or conversion:
             raise InputError(
                 f"retrain: unknown placeholder {{{name}}} in {template!r}; there are {{documents}}, "
-                f"{{out}} and {{seed}}"
+                f"{{out}} (or {{model}}) and {{seed}}"
             )
     names = {name for name, _, _ in fields}
+    names |= {"out"} if "model" in names else set()
     missing = [f"{{{name}}}" for name in ("documents", "out") if name not in names]
     if missing:
         raise InputError(
@@ -130,7 +133,7 @@ class Subject:
             device: where to put the model.
             dtype: type of the weights.
             limit: read at most this many documents.
-            start: folder of the model that training began from, if the record's has moved.
+            start: folder of the model that training began from, if trained elsewhere or if the record's has moved.
 
         Raises:
             InputError, ArtefactError: see `load_documents` and `load_model`.
@@ -150,6 +153,8 @@ class Subject:
                 f"the documents differ from those of the recorded training ({record.documents} usable "
                 "ones): it cannot be repeated with them"
             )
+        if start is not None and not Path(start).is_dir():
+            raise InputError(f"start = {start}: no such folder; expected the model that training began from")
         began = Path(start) if start is not None else Path(record.base) if record is not None and record.base else None
         return cls(
             model,
@@ -182,14 +187,30 @@ class Subject:
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
         }
 
+    def origin(self) -> dict[str, str]:
+        """Hashes of what else the training left: the start model's weights, each checkpoint's, and the recipe.
+
+        Methods and baselines that look at the start or at checkpoints depend on them. They go by the files' bytes, so
+        a folder that has moved is still the same; a start that is not there is "missing".
+        """
+        found: dict[str, str] = {}
+        if self.base is not None:
+            found["start"] = _files_hash(self.base)
+        for number, folder in enumerate(self.checkpoints):
+            found[f"checkpoint {number}"] = _files_hash(folder)
+        if self.recipe is not None:
+            found["recipe"] = digest_json(self.recipe.model_dump(mode="json"))
+        return found
+
     def start_model(self, seed: int | None = None) -> nn.Module:
         """A fresh copy of the model before training; ``seed`` replaces the recipe's (for new adapters).
 
-        Raises `InputError` where neither a recorded base nor a start function is there.
+        Without a recipe (a model trained elsewhere) it is what lies in the start's folder. Raises `InputError` where
+        neither a start folder nor a start function is known.
         """
         if self._start is not None:
             return self._start()
-        if self.recipe is None or self.base is None:
+        if self.base is None:
             raise InputError(
                 f"{self.name}: no recipe and start are known, so it cannot be retrained here; give "
                 f'retrain = "command {{documents}} {{out}}"'
@@ -199,11 +220,12 @@ class Subject:
                 f"{self.name}: training began from {self.base}, which is not there any more; give its "
                 "folder: start = ..."
             )
+        below = self.adapter_base if is_adapter(self.base) else None
+        if self.recipe is None:
+            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            return load_model(self.base, base=below, device=self.device, dtype=dtype)[0]
         recipe = self.recipe if seed is None else self.recipe.with_seed(seed)
-        further = is_adapter(self.base)
-        return start_model(self.base, recipe, adapter_base=self.adapter_base if further else None, device=self.device)[
-            0
-        ]
+        return start_model(self.base, recipe, adapter_base=below, device=self.device)[0]
 
     @property
     def can_retrain(self) -> bool:
@@ -239,6 +261,16 @@ class Subject:
             yield
         finally:
             self.model.load_state_dict(kept)
+
+
+def _files_hash(folder: Path) -> str:
+    """Hash of a model folder's weight files by name; "missing" without any."""
+    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    found: dict[str, str] = {}
+    for path in files:
+        with path.open("rb") as handle:
+            found[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return digest_json(found) if found else "missing"
 
 
 def _default_parameters(model: nn.Module, recipe: Recipe | None) -> str | None:

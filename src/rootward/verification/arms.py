@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rootward.core.errors import InputError
+from rootward.core import registry
+from rootward.core.errors import InputError, RootwardError
 from rootward.core.scores import Scores, parse_count
 from rootward.interventions.data import Drop, Intervention, Keep, find_rows
 from rootward.subject.subject import Subject
@@ -120,6 +121,15 @@ def main_rows(
     return action, rows
 
 
+def spoken(name: str) -> str:
+    """A method's label without what it has in brackets; a preset or a name that the registry has not is left."""
+    try:
+        card = registry.get(name)[0].card
+    except RootwardError:
+        return name
+    return card.label.split(" (")[0] if name in (card.key, *card.aliases) else name
+
+
 def build_arms(
     subject: Subject,
     scores: Mapping[str, NDArray[np.float64]],
@@ -141,14 +151,14 @@ def build_arms(
         text = f"Only the {count:,} documents given"
         arms += [builder.only(main, text, "method", rows), builder.random("keep", count)]
     else:
-        text = f"Without the {count:,} documents " + ("given" if chosen else f"that {main} puts first")
+        text = f"Without the {count:,} documents " + ("given" if chosen else f"that {spoken(main)} puts first")
         arms += [builder.without(main, text, "method", rows), builder.random("drop", count)]
     for name, values in scores.items():
         if name != main:
             kind: Kind = "baseline" if name in baselines else "method"
             top = top_rows(values, builder.usable, count)
             make, word = (builder.only, "Only") if action == "keep" else (builder.without, "Without")
-            arms.append(make(name, f"{word} the {count:,} documents that {name} puts first", kind, top))
+            arms.append(make(name, f"{word} the {count:,} documents that {spoken(name)} puts first", kind, top))
     if planted_ids is not None:
         planted = find_rows(planted_ids, subject.documents, "planted_ids")
         arms.append(builder.without("planted", f"Without all {len(planted):,} planted documents", "truth", planted))

@@ -18,8 +18,9 @@ START_SECONDS = 5.0
 
 
 class Plan(Model):
-    """Retrainings in all and still to do, processes, and expected seconds (None for an owner's command)."""
+    """Arms, models to measure in all and still to do, processes, and expected seconds (None for an owner's command)."""
 
+    arms: int
     jobs: int
     pending: int
     workers: int
@@ -52,15 +53,18 @@ def plan(
     todo = [job for key, job in keys.items() if cache is None or not (Path(cache) / "jobs" / f"{key}.json").exists()]
     if recipe is None or not todo:
         seconds = 0.0 if not todo else None
-        return Plan(jobs=len(keys), pending=len(todo), workers=count, seconds_per_job=None, seconds=seconds)
+        return Plan(
+            arms=len(test.arms), jobs=len(keys), pending=len(todo), workers=count, seconds_per_job=None, seconds=seconds
+        )
     step, fixed = _timed(test, recipe, steps)
     usable = set(subject.encoded.rows)
     costs = [fixed + step * recipe.steps(len(usable.intersection(job.rows))) * job.train for job in todo]
     in_memory = subject.base is None or workers == 0
     count = 1 if in_memory else min(count, len(todo))
     seconds = sum(costs) / count + (0.0 if in_memory else START_SECONDS)
+    each = sum(costs) / len(costs)
     return Plan(
-        jobs=len(keys), pending=len(todo), workers=count, seconds_per_job=sum(costs) / len(costs), seconds=seconds
+        arms=len(test.arms), jobs=len(keys), pending=len(todo), workers=count, seconds_per_job=each, seconds=seconds
     )
 
 

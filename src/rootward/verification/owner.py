@@ -24,7 +24,7 @@ _LINES = 20
 
 def command_of(template: str, documents: Path, out: Path, seed: int) -> list[str]:
     """The command's words. It is split before the paths are put in, so a path may hold spaces; no shell sees it."""
-    values = {"documents": str(documents), "out": str(out), "seed": str(seed)}
+    values = {"documents": str(documents), "out": str(out), "model": str(out), "seed": str(seed)}
     return [word.format(**values) for word in shlex.split(template)]
 
 

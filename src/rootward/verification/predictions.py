@@ -10,7 +10,8 @@ Its limits: it is linear, so it cannot see that documents stand in for one anoth
 then changes less than predicted) nor that few are enough; documents with negative influence count for nothing; scores
 are only estimates of influence, and their spread decides the share; a rate moves in steps where the mean moves
 smoothly. It is a stake put down in advance, not a claim of precision. No prediction is made where the model before
-training is unknown or no score is positive.
+training is unknown, where training did not make more of the behaviour (there is nothing to divide, and the formula's
+sign would be wrong), or where no score is positive.
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ class Predictions(Model):
 
 
 def predict(
-    arms: Sequence[ArmPlan], scores: NDArray[np.float64], full: float, start: float | None
+    arms: Sequence[ArmPlan], scores: NDArray[np.float64], full: float, start: float | None, goal: str = "raise"
 ) -> dict[str, float | None]:
     """Predicted change against the full set by arm (mean over the draws of a random control); None: no prediction."""
+    if not gained(full, start, goal):
+        start = None
     changes: dict[str, float | None] = {}
     for arm in arms:
         shares = [influence_share(scores, len(scores), rows) for rows in arm.rows.values()]
@@ -62,6 +65,11 @@ def predict(
         usable = start is not None and len(found) == len(shares)
         changes[arm.name] = (start - full) * float(np.mean(found)) + 0.0 if usable and start is not None else None
     return changes
+
+
+def gained(full: float, start: float | None, goal: str) -> bool:
+    """Whether training made more of the behaviour; False also where the model before training is unknown."""
+    return start is not None and (-1.0 if goal == "lower" else 1.0) * (full - start) > 0
 
 
 def announce(cache: Path, prediction: Prediction) -> Prediction:

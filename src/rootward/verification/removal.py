@@ -23,13 +23,12 @@ from rootward.verification import words
 from rootward.verification.arms import ArmPlan, build_arms, mean_scores
 from rootward.verification.evaluation import Evaluation, Measured
 from rootward.verification.jobs import Job, JobResult
-from rootward.verification.predictions import announce, new_prediction, predict
+from rootward.verification.predictions import Prediction, announce, new_prediction, predict
 from rootward.verification.retrain import Results, by_command, run_jobs
 from rootward.verification.stats import cut_interval, paired_interval
 
 Measure = Literal["rate", "mean"]
 BASELINES = ("bm25", "representation_cosine", "document_length", "loss", "loss_at_start", "random")
-FEW_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -124,9 +123,9 @@ def verify(
     )  # fmt: skip
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
-    predicted = _announced(test, cache)
+    prediction = _announced(test, cache)
     results = run_jobs(subject, test.jobs, test.evaluation, workers=workers, cache=cache, progress=progress)
-    return _verdict(test, results, predicted)
+    return _verdict(test, results, prediction)
 
 
 def prepare(
@@ -168,8 +167,8 @@ def prepare(
     if measure == "rate" and probes.kind != "contrast":
         raise InputError(f"measure: a rate needs a contrast, and {probes.name!r} is a {probes.kind}; use 'mean'")
     notes = list(subject.notes)
-    if by_command(subject) and "{seed}" not in str(subject.retrain_command) and len(chosen) > 1:
-        notes.append("The retrain command takes no {seed}, so every repetition would be the same: one was made.")
+    if by_command(subject) and len(chosen) > 1 and words.command_notes(subject):
+        notes += words.command_notes(subject)
         chosen = chosen[:1]
     by_row = {name: mean_scores(value, subject.documents.ids, probes.goal) for name, value in named.items()}
     with_base = not by_command(subject) or (subject.base is not None and subject.base.is_dir())
@@ -182,8 +181,8 @@ def prepare(
     return Test(subject, arms, by_row[main], main, measure, chosen, evaluation, tuple(notes))
 
 
-def _announced(test: Test, cache: Path) -> dict[str, float | None]:
-    """The predictions, on disk before the first training; only the model before training is measured earlier."""
+def _announced(test: Test, cache: Path) -> Prediction:
+    """The prediction, on disk before the first training; only the model before training is measured earlier."""
     subject, evaluation = test.subject, test.evaluation
     threads = subject.recipe.threads if subject.recipe is not None else 1
     bare = Evaluation(evaluation.probes, None, 0)
@@ -193,12 +192,13 @@ def _announced(test: Test, cache: Path) -> dict[str, float | None]:
     if base:
         found = run_jobs(subject, base, evaluation, workers=0, cache=cache)
         start = test.value(next(iter(found.values())).measured)
-    changes = predict(test.arms, test.scores, full, start)
+    changes = predict(test.arms, test.scores, full, start, evaluation.probes.goal)
     prediction = new_prediction(test.key, evaluation.probes.name, test.measure, start, full, changes)
-    return announce(cache, prediction).changes
+    return announce(cache, prediction)
 
 
-def _verdict(test: Test, results: Results, predicted: Mapping[str, float | None]) -> Verdict:
+def _verdict(test: Test, results: Results, prediction: Prediction) -> Verdict:
+    predicted = prediction.changes
     full = [test.value(results["full", seed].measured) for seed in test.seeds]
     arms = [_arm(test, plan, [results[plan.name, seed] for seed in plan.rows], full, predicted) for plan in test.arms]
     main = next(arm for arm in arms if arm.name == test.main)
@@ -208,7 +208,7 @@ def _verdict(test: Test, results: Results, predicted: Mapping[str, float | None]
     probes = test.evaluation.probes
     holds = judge(main, controls, probes.goal)
     unit = "share" if test.measure == "rate" else probes.unit
-    notes = [*test.notes, *words.repeat_notes(test.subject, results), *words.arm_notes(arms, full)]
+    notes = [*test.notes, *words.repeat_notes(test.subject, results), *words.arm_notes(arms, full, prediction, probes)]
     return Verdict(
         behaviour=probes.name,
         measure=words.measure_text(test.measure, probes),

@@ -8,6 +8,7 @@ from typing import Any
 from rootward.core.records import Arm, Interval
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.subject import Subject
+from rootward.verification.predictions import Prediction, gained
 from rootward.verification.stats import interval
 
 
@@ -82,11 +83,27 @@ def repeat_notes(subject: Subject, results: Any) -> list[str]:
     ]
 
 
-def arm_notes(arms: Sequence[Arm], full: Sequence[float]) -> list[str]:
+def command_notes(subject: Subject) -> list[str]:
+    """What a command that takes no seed means; nothing where there is none or it takes one."""
+    if subject.retrain_command is None or "{seed}" in subject.retrain_command:
+        return []
+    return [
+        "The retrain command takes no {seed}, so every repetition would be the same and only one is made; "
+        "without repetitions there is no interval and the verdict cannot hold."
+    ]
+
+
+def arm_notes(arms: Sequence[Arm], full: Sequence[float], prediction: Prediction, probes: Behaviour) -> list[str]:
     """What is missing from the arms and why."""
     notes: list[str] = []
     if all(arm.kind != "base" for arm in arms):
         notes.append("The model before training is not known, so there is no prediction and no value of it.")
+    elif prediction.start is not None and not gained(prediction.full, prediction.start, probes.goal):
+        notes.append(
+            f"Training did not make more of the behaviour ({prediction.start:.4g} before, {prediction.full:.4g} after, "
+            f"and {'less' if probes.goal == 'lower' else 'more'} is more of it), so there is nothing to divide among "
+            "the documents and no prediction."
+        )
     elif all(arm.predicted is None for arm in arms):
         notes.append("No document has a score towards the behaviour, so there is no prediction.")
     if any(value <= 0 for value in full):

@@ -6,9 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from rootward.core.errors import InputError
 from rootward.methods.attribution.bm25 import words
 from rootward.subject.behaviour import Behaviour
+from rootward.subject.objectives import Classification
+from rootward.subject.subject import Subject
 from tests.methods.contract import World, contrast, run
 
 TEXTS = [
@@ -60,3 +65,10 @@ def test_words_are_lower_cased_runs_of_letters_and_digits():
 def test_documents_without_words(world: World):
     subject = world.subject([{"text": "?!"}, {"text": "good rain"}])
     assert (run(subject, contrast(), "bm25").values[0] > 0).tolist() == [False, True]
+
+
+def test_documents_without_text_are_refused():
+    rows = [{"x": torch.ones(3) * n, "y": n % 2} for n in range(4)]
+    subject = Subject(nn.Linear(3, 2), rows, Classification())
+    with pytest.raises(InputError, match="bm25: the documents have no text"):
+        run(subject, Behaviour.loss("x", rows[:2]), "bm25")

@@ -10,10 +10,15 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from rootward.capture import inputs as inputs_room
 from rootward.capture.inputs import MethodInputs, tracked_of
+from rootward.capture.projection import Projection
+from rootward.capture.sinks import lift
 from rootward.capture.store import GradientStore, build_store
 from rootward.core.errors import ArtefactError, InputError
+from rootward.core.layout import ParamLayout
 from rootward.core.registry import get
+from rootward.methods.attribution.tracin_pruthi2020 import _unit as divided
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.plan import Recipe
 from rootward.subject.subject import Subject
@@ -230,8 +235,7 @@ def test_a_projected_index_ranks_much_as_the_pass(world: World, tmp_path: Path):
     dense = run(subject, contrast(), "tracin")
     assert spearmanr(found.mean, dense.mean).statistic > 0.8
     assert store.width < tracked_of(subject).layout.size
-    assert found.notes[0] == "gradients from an index, projected to rank 8"
-    assert "only about" in found.notes[1]
+    assert found.notes == ("gradients from an index, projected to rank 8",)
 
 
 def test_an_index_of_something_else_is_refused(world: World, tmp_path: Path):
@@ -284,3 +288,72 @@ def test_token_scores_sum_to_the_documents_score(world: World, checkpoints: str,
     whole = method.run(inputs, config).mean
     close([tokens[n].sum() for n in positions], whole[positions], rtol=1e-5)
     assert all(np.ptp(tokens[n]) > 0 for n in positions)
+
+
+@pytest.mark.parametrize("rank", [3, 20, None])  # 20: many sides are narrower and were kept whole
+@pytest.mark.parametrize("normalise", ["none", "document", "both"])
+@pytest.mark.parametrize("queries", ["each", "mean"])
+def test_token_scores_of_an_index_sum_to_its_score(
+    world: World, tmp_path: Path, rank: int | None, normalise: str, queries: str
+):
+    subject = subject_of(world)
+    inputs = MethodInputs(subject, contrast(), 500, index(subject, tmp_path, rank))
+    method, _ = get("tracin")
+    config = method.configure({"source": "index", "normalise": normalise, "queries": queries})
+    assert method.tokens is not None
+    positions = [6, 0, 3]
+    tokens = method.tokens(inputs, config, positions)
+    assert [len(tokens[n]) for n in positions] == [subject.encoded[n].length for n in positions]
+    whole = method.run(inputs, config).mean
+    np.testing.assert_allclose([tokens[n].sum() for n in positions], whole[positions], rtol=1e-4)
+
+
+def test_a_lifted_query_is_the_projections_transpose():
+    layout = ParamLayout(("wide", "narrow", "vector", "short"), ((7, 9), (2, 9), (20,), (3,)))
+    projection = Projection(layout, 3, 5)
+    rows = torch.randn(2, projection.width)
+    lifted = lift(projection, rows)
+    gradients = {name: torch.randn(4, *layout.shape(name)) for name in layout.names}
+    full = sum(lifted[name].flatten(1) @ gradients[name].flatten(1).T for name in layout.names)
+    torch.testing.assert_close(full, rows @ projection.project_dense(gradients).T)
+
+
+# --- memory and broken numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BEHAVIOURS)
+@pytest.mark.parametrize("source", ["pass", "index"])
+def test_queries_that_do_not_fit_are_averaged_and_said_to_be(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, source: str
+):
+    subject, behaviour = subject_of(world), BEHAVIOURS[kind]()
+    call: dict[str, Any] = {"source": source, "index": index(subject, tmp_path, None) if source == "index" else None}
+    plenty = run(subject, behaviour, "tracin", **call)
+    assert len(plenty.queries) == len(behaviour)
+    assert not any("mean" in note for note in plenty.notes)
+    monkeypatch.setattr(inputs_room, "_free_memory", lambda device: 1000)
+    found = run(subject, behaviour, "tracin", **call)
+    assert found.queries == ("mean",)
+    close(found.values[0], plenty.mean, rtol=1e-5)
+    assert any(f"{len(behaviour)} queries" in note and "their mean" in note for note in found.notes)
+    with pytest.raises(InputError, match=r"one by one.*--option gradient_dot.queries=mean"):
+        run(subject, behaviour, "tracin", queries="each", **call)
+
+
+def test_token_scores_follow_the_choice_for_the_scores(world: World, monkeypatch: pytest.MonkeyPatch):
+    """The mean of unit queries is not the unit mean: the choice between them is made once."""
+    inputs = MethodInputs(subject_of(world), contrast(), 500)
+    method, _ = get("tracin")
+    config = method.configure({"normalise": "both"})
+    monkeypatch.setattr(inputs_room, "_free_memory", lambda device: 1000)
+    whole = method.run(inputs, config).mean
+    monkeypatch.setattr(inputs_room, "_free_memory", lambda device: 10**12)
+    assert method.tokens is not None
+    close([method.tokens(inputs, config, [3])[3].sum()], whole[[3]], rtol=1e-5)
+
+
+def test_a_norm_that_is_no_number_is_not_hidden():
+    dots, norms = torch.tensor([[2.0, 0.0, 3.0]]), torch.tensor([4.0, 0.0, torch.nan])
+    found = divided(dots, norms)
+    assert found[0, :2].tolist() == [0.5, 0.0]
+    assert bool(found[0, 2].isnan())

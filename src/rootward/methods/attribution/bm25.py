@@ -20,7 +20,7 @@ import bm25s
 import numpy as np
 from pydantic import Field
 
-from rootward.capture.inputs import MethodInputs
+from rootward.capture.inputs import MethodInputs, has_text
 from rootward.core.errors import InputError
 from rootward.core.registry import Card, MethodConfig, register
 from rootward.core.scores import Scores
@@ -57,6 +57,8 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     """BM25 of every usable document for each query's prompt and wanted answer."""
     if inputs.behaviour.kind == "scalar":
         raise InputError("bm25: a scalar behaviour has no text to look for")
+    if not has_text(inputs.subject):
+        raise InputError("bm25: the documents have no text to look in")
     encoded = inputs.subject.encoded
     corpus = [words(inputs.subject.documents[row].text) or [""] for row in encoded.rows]
     index = bm25s.BM25(k1=config.k1, b=config.b, method="lucene")
@@ -75,5 +77,6 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
         method=CARD.key,
         unit=CARD.unit,
         behaviour=inputs.behaviour.name,
+        goal=inputs.behaviour.goal,
         coverage=inputs.coverage(gradients=False),
     )

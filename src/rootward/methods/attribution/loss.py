@@ -62,6 +62,7 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
         method=CARD.key,
         unit=CARD.unit,
         behaviour=inputs.behaviour.name,
+        goal=inputs.behaviour.goal,
         coverage=inputs.coverage(gradients=False),
         notes=(f"under the weights at the {'start of training' if config.at == 'start' else 'end'}",),
     )

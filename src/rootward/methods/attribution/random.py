@@ -46,5 +46,6 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
         method=CARD.key,
         unit=CARD.unit,
         behaviour=inputs.behaviour.name,
+        goal=inputs.behaviour.goal,
         coverage=inputs.coverage(gradients=False),
     )

@@ -94,6 +94,7 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
         method=CARD.key,
         unit=CARD.unit,
         behaviour=inputs.behaviour.name,
+        goal=inputs.behaviour.goal,
         coverage=inputs.coverage(gradients=False),
         notes=(f"states of {module}",),
     )

@@ -20,7 +20,7 @@ Exact when: one document is one step of plain SGD with a small learning rate (th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -30,8 +30,10 @@ from pydantic import Field
 from torch import Tensor
 
 from rootward.capture.inputs import MethodInputs
+from rootward.capture.projection import Projection
 from rootward.capture.run import run_pass
-from rootward.capture.sinks import LowRank, Products, low_rank
+from rootward.capture.sinks import LowRank, Products, lift, low_rank
+from rootward.capture.store import GradientStore
 from rootward.core.errors import ArtefactError, InputError
 from rootward.core.registry import Card, MethodConfig, register
 from rootward.core.scores import Scores
@@ -63,7 +65,9 @@ class Config(MethodConfig):
 
     checkpoints: Literal["final", "start", "all"] = "final"
     normalise: Literal["none", "document", "both"] = "none"
-    queries: Literal["each", "mean"] = "each"
+    queries: Literal["auto", "each", "mean"] = Field(
+        default="auto", description="a score for each query or for their mean; auto: each where their gradients fit"
+    )
     rank: int | None = Field(default=None, ge=1, description="approximate the mean query's matrices to this rank")
     source: Literal["pass", "index"] = "pass"
 
@@ -99,13 +103,19 @@ def _weights(inputs: MethodInputs, config: Config) -> list[tuple[int | None, flo
     return [(k, rate / largest) for k, rate in found]
 
 
+def _averaged(inputs: MethodInputs, config: Config) -> bool:
+    """Whether the scores are for the mean query: asked for, or the gradients of each do not fit."""
+    if config.queries == "auto":
+        return config.rank is not None or not inputs.queries_fit
+    return config.queries == "mean" or config.rank is not None
+
+
 def _query(inputs: MethodInputs, config: Config, *, average: bool = False) -> dict[str, Tensor | LowRank]:
     """Query gradients; ``average``: their mean after normalisation, which gives the mean of the scores."""
-    mean = config.queries == "mean" or config.rank is not None
-    dense = inputs.query_gradients(inputs.tracked.layout, mean=mean)
+    dense = inputs.query_gradients(inputs.tracked.layout, mean=_averaged(inputs, config))
     if config.normalise == "both":
         size = torch.stack([g.flatten(1).double().square().sum(1) for g in dense.values()]).sum(0).sqrt()
-        scale = torch.where(size > 0, 1 / size.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        scale = 1 / torch.where(size == 0, 1.0, size)
         dense = {name: g * scale.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for name, g in dense.items()}
     if average:
         dense = {name: g.mean(0, keepdim=True) for name, g in dense.items()}
@@ -121,9 +131,14 @@ def _holding(inputs: MethodInputs, checkpoint: int | None) -> AbstractContextMan
     return inputs.subject.at_start() if checkpoint == START else inputs.subject.at_checkpoint(checkpoint)
 
 
-def _pass(inputs: MethodInputs, config: Config, examples: Sequence[Any], *, tokens: bool) -> Products:
-    queries = _query(inputs, config, average=tokens)
-    norms = config.normalise != "none"
+def _pass(
+    inputs: MethodInputs,
+    queries: Mapping[str, Tensor | LowRank],
+    examples: Sequence[Any],
+    *,
+    norms: bool,
+    tokens: bool = False,
+) -> Products:
     sink = Products(inputs.tracked.layout, queries, len(examples), norms=norms, tokens=tokens)
     run_pass(
         inputs.subject.model,
@@ -139,13 +154,14 @@ def _pass(inputs: MethodInputs, config: Config, examples: Sequence[Any], *, toke
 
 
 def _unit(dots: Tensor, norms: Tensor | None) -> Tensor:
-    """Divide by the documents' norms; a document without gradient scores 0."""
+    """Divide by the documents' norms; a document without gradient scores 0, one whose norm is no number stays so."""
     if norms is None:
         return dots
-    return torch.where(norms > 0, dots / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    return torch.where(norms == 0, 0.0 * dots, dots / torch.where(norms == 0, 1.0, norms))
 
 
-def _from_index(inputs: MethodInputs, config: Config) -> Tensor:
+def _store(inputs: MethodInputs, config: Config) -> GradientStore:
+    """The index to read, if it holds what is asked for."""
     store = inputs.store
     if store is None:
         raise InputError("source = 'index': no index was given; run `rootward index` first, or use source = 'pass'")
@@ -154,23 +170,53 @@ def _from_index(inputs: MethodInputs, config: Config) -> Tensor:
     if config.rank is not None:
         raise InputError("source = 'index': rank is for the queries of a pass; leave it out, an index has its own rank")
     store.require(inputs.subject.fingerprint())
-    projection = store.projection
-    projection.layout.require(inputs.tracked.layout, f"index {store.folder}")
-    dense = inputs.query_gradients(projection.layout, mean=config.queries == "mean")
+    store.projection.layout.require(inputs.tracked.layout, f"index {store.folder}")
+    return store
+
+
+def _projected_query(inputs: MethodInputs, config: Config, projection: Projection) -> Tensor:
+    dense = inputs.query_gradients(projection.layout, mean=_averaged(inputs, config))
     rows = projection.project_dense({name: gradient.cpu() for name, gradient in dense.items()})
     if config.normalise == "both":
-        rows = torch.nn.functional.normalize(rows, dim=1)
+        size = rows.norm(dim=1, keepdim=True)
+        rows = rows / torch.where(size == 0, 1.0, size)
+    return rows
+
+
+def _from_index(inputs: MethodInputs, config: Config) -> Tensor:
+    store = _store(inputs, config)
+    rows = _projected_query(inputs, config, store.projection)
     dots, norms = streamed_products(store.blocks(), rows, store.documents, norms=config.normalise != "none")
     return _unit(dots, norms)
 
 
+def _tokens_from_index(inputs: MethodInputs, config: Config, positions: Sequence[int]) -> list[Tensor]:
+    """A projected row's product with the query is the whole gradient's with the lifted query, token by token."""
+    store = _store(inputs, config)
+    projection = store.projection
+    row = _projected_query(inputs, config, projection).mean(0, keepdim=True)
+    lifted = {name: query.to(inputs.subject.device) for name, query in lift(projection, row).items()}
+    sink = _pass(inputs, lifted, [inputs.subject.encoded[n] for n in positions], norms=False, tokens=True)
+    assert sink.by_token is not None
+    values = [-sink.by_token[n][0] for n in range(len(positions))]
+    if config.normalise == "none":
+        return values
+    _, norms = streamed_products(store.blocks(), row, store.documents, norms=True)
+    assert norms is not None
+    return [_unit(value, norms[position]) for position, value in zip(positions, values, strict=True)]
+
+
 def token_scores(inputs: MethodInputs, config: Config, positions: Sequence[int]) -> dict[int, np.ndarray]:
     """Token scores of the mean over queries, for documents at these positions: they sum to the score."""
+    if config.source == "index":
+        found = _tokens_from_index(inputs, config, positions)
+        return {n: value.numpy() for n, value in zip(positions, found, strict=True)}
     examples = [inputs.subject.encoded[n] for n in positions]
+    norms = config.normalise != "none"
     total: dict[int, Tensor] = {}
     for checkpoint, weight in _weights(inputs, config):
         with _holding(inputs, checkpoint):
-            sink = _pass(inputs, config, examples, tokens=True)
+            sink = _pass(inputs, _query(inputs, config, average=True), examples, norms=norms, tokens=True)
         assert sink.by_token is not None
         for n, position in enumerate(positions):
             value = -weight * sink.by_token[n][0]
@@ -189,16 +235,16 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
         total = -_from_index(inputs, config)
         rank = inputs.store.projection.rank if inputs.store else None
         notes.append(f"gradients from an index, {'whole' if rank is None else f'projected to rank {rank}'}")
-        if rank is not None:
-            notes.append("token scores are those of whole gradients, so they sum to the score only about")
     else:
         total = torch.zeros(0)
         for checkpoint, weight in _weights(inputs, config):
             with _holding(inputs, checkpoint):
-                sink = _pass(inputs, config, encoded, tokens=False)
+                sink = _pass(inputs, _query(inputs, config), encoded, norms=config.normalise != "none")
             norms = sink.squared.sqrt() if sink.squared is not None else None
             part = -weight * _unit(sink.dots, norms)
             total = part if total.numel() == 0 else total + part
+    if config.queries == "auto" and config.rank is None and not inputs.queries_fit:
+        notes.append(f"{inputs.queries_need}, more than half of what was free: their mean was taken")
     mean = total.shape[0] != len(inputs.behaviour)
     units = {"none": CARD.unit, "document": "measurement per unit gradient", "both": "cosine"}
     return Scores(
@@ -209,6 +255,7 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
         method=CARD.key,
         unit=units[config.normalise],
         behaviour=inputs.behaviour.name,
+        goal=inputs.behaviour.goal,
         coverage=inputs.coverage(gradients=True),
         notes=tuple(notes),
     )

@@ -2,6 +2,7 @@
 # make test    build .venv if needed, then run the tests
 # make check   formatting, lint, types
 # make bench   the benchmarks (ARGS="..." is passed on)
+# make bench-peers   build .venv-peers: other libraries, for benchmarks/peers
 # make venv    only build .venv;   make clean: remove caches;   make distclean: remove .venv too
 #
 # PYTHON=...           the interpreter to build .venv with (3.11 or newer)
@@ -18,7 +19,7 @@ WORKERS ?= 2
 # One thread per process: results repeat bit for bit, and the workers do not fight over the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check bench venv clean distclean
+.PHONY: demo test check bench bench-peers venv clean distclean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(VENV)/bin/rootward demo $(ARGS)
@@ -36,6 +37,26 @@ bench: $(STAMP)
 	@export HF_HUB_OFFLINE=1; \
 	if [ -n "$(ARGS)" ]; then $(PY) benchmarks/run.py $(ARGS); exit $$?; fi; \
 	code=0; for name in startup collect real_text demo; do $(PY) benchmarks/run.py $$name || code=$$?; done; exit $$code
+
+# torch first, as for .venv, so that no peer brings another one; torchvision and torchaudio, which peers ask for and do
+# not use, would break transformers beside a CPU build of torch. LogIX declares Python < 3.11 and runs on newer ones.
+PEERS    := .venv-peers
+PEER_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check
+bench-peers: $(PEERS)/.stamp
+
+$(PEERS)/.stamp: benchmarks/peers/requirements.txt constraints.txt | $(STAMP)
+	$(PY) -m venv --clear $(PEERS)
+	@set -e; \
+	if [ -n "$${TORCH_INDEX_URL:-}" ]; then \
+	  $(PEER_PIP) install -q --no-deps --index-url "$$TORCH_INDEX_URL" "$(TORCH)"; \
+	else \
+	  $(PEER_PIP) install -q -c constraints.txt "$(TORCH)"; \
+	fi
+	grep -v '^logix-ai==' benchmarks/peers/requirements.txt | $(PEER_PIP) install -q -c constraints.txt -r /dev/stdin
+	$(PEER_PIP) install -q --no-deps --ignore-requires-python $$(grep '^logix-ai==' benchmarks/peers/requirements.txt)
+	$(PEER_PIP) uninstall -q -y torchvision torchaudio
+	@$(PEERS)/bin/python -c 'import kronfluence, bergson, dattri, logix'
+	@touch $@
 
 venv: $(STAMP)
 

@@ -29,7 +29,7 @@ BELOW_METHODS = (
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "core": (),
     "subject": ("core",),
-    "capture": ("core", "subject"),
+    "capture": ("core", "subject", "curvature"),
     "curvature": ("core",),
     "dictionaries": ("core",),
     "scoring": ("core",),

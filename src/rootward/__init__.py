@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rootward import report
-    from rootward.api import attribute, trace, verify
+    from rootward.api import attribute, compare, trace, verify
     from rootward.core.errors import RootwardError
     from rootward.core.scores import Scores
     from rootward.interventions.data import Drop, Keep, Reweight
@@ -24,6 +24,7 @@ __all__ = [
     "Scores",
     "Subject",
     "attribute",
+    "compare",
     "report",
     "trace",
     "verify",
@@ -37,6 +38,7 @@ _WHERE = {
     "Scores": "rootward.core.scores",
     "Subject": "rootward.subject.subject",
     "attribute": "rootward.api",
+    "compare": "rootward.api",
     "trace": "rootward.api",
     "verify": "rootward.api",
 }

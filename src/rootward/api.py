@@ -1,17 +1,14 @@
-"""The public verbs `attribute`, `trace` and `verify`; `report` is the room of that name.
+"""The public verbs `attribute`, `trace`, `verify` and `compare`; `report` is the room of that name.
 
 The command line calls these and nothing below them.
 """
 
 from __future__ import annotations
 
-import json
-import resource
-import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,33 +16,27 @@ from typing import Any
 import numpy as np
 
 from rootward.capture.inputs import MethodInputs, has_text, plain_pass_seconds
-from rootward.capture.run import run_pass
-from rootward.capture.sinks import Losses
+from rootward.capture.losses import write_documents
 from rootward.capture.store import GradientStore
 from rootward.core import registry
-from rootward.core.errors import ArtefactError, DependencyError, InputError
-from rootward.core.hashing import digest
+from rootward.core.errors import ArtefactError, DependencyError, InputError, NumericalError
+from rootward.core.hashing import digest, digest_json
+from rootward.core.memory import forget_peak, peak_memory_mb
 from rootward.core.progress import Progress, silent
-from rootward.core.records import Cost, Interval, MethodResult, TokenScores, Trace, Verdict, write_model
+from rootward.core.records import Comparison, Cost, Interval, MethodResult, TokenScores, Trace, Verdict, write_model
 from rootward.core.runfolder import RunFolder, open_run
+from rootward.core.scorefile import read_scores, write_scores
 from rootward.core.scores import Scores
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.subject import Subject
+from rootward.verification.compare_plan import ComparisonPlan, plan_comparison
+from rootward.verification.jobs import known_versions
 from rootward.verification.stats import auroc, precision_at, spearman
 
 BASELINES = ("bm25", "representation_cosine", "document_length", "loss", "random")
 """Beside every attribution, whatever was asked for."""
-
-
-def peak_memory_mb() -> float:
-    """Largest resident size of this process so far, in MB: with all that ran in it before."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure begins with that of the process that started this one
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1e3
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+COMPARED = ("gradient_dot", "gradient_cosine", "ekfac", "trak", "logra")
+"""What `compare` takes where no method is named; where the training kept checkpoints, SOURCE too."""
 
 
 def attribute(
@@ -85,7 +76,7 @@ def attribute(
     start = time.perf_counter()
     scores: Scores = chosen.run(inputs, config)
     cost = Cost(seconds=time.perf_counter() - start, peak_memory_mb=peak_memory_mb())
-    return Scores(**{**scores.__dict__, "cost": cost})
+    return replace(scores, cost=cost)
 
 
 def trace(
@@ -275,38 +266,6 @@ def measurement_text(behaviour: Behaviour) -> str:
     }[behaviour.kind]
 
 
-def write_documents(subject: Subject, run: RunFolder, inputs: MethodInputs) -> None:
-    """``documents.parquet``: every document that was used, with its loss under the subject."""
-    sink = Losses(len(subject.encoded))
-    run_pass(
-        subject.model,
-        subject.objective,
-        subject.encoded,
-        [sink],
-        token_budget=inputs.token_budget,
-        progress=inputs.progress,
-        task="losses",
-    )
-    rows: list[dict[str, Any]] = []
-    for n, example in enumerate(subject.encoded):
-        document = subject.documents[example.row]
-        rows.append(
-            {
-                "row": example.row,
-                "id": example.id,
-                "text": document.text,
-                "response": document.response,
-                "source": document.source,
-                "tokens": example.length,
-                "trained": example.targets,
-                "truncated": example.truncated,
-                "loss": float(sink.losses[n]),
-                "meta": json.dumps(document.meta, ensure_ascii=False, default=str),
-            }
-        )
-    run.write_documents(rows)
-
-
 def _score_parts(scores: Mapping[str, Scores]) -> list[tuple[str, int, Sequence[str], Any]]:
     parts: list[tuple[str, int, Sequence[str], Any]] = []
     for name, found in scores.items():
@@ -395,3 +354,140 @@ def verify(subject: Subject, scores: Scores | Mapping[str, Scores], intervention
     from rootward.verification.removal import verify as run
 
     return run(subject, scores, intervention, **options)
+
+
+def compare(
+    subject: Subject,
+    behaviour: Behaviour,
+    run: RunFolder | str | Path,
+    *,
+    methods: Sequence[str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    subsets: int = 64,
+    seeds: Sequence[int] = (0,),
+    tune: bool = False,
+    removal: int | str | None = None,
+    planted: tuple[str, Any] | None = None,
+    allow_few: bool = False,
+    split_seed: int = 0,
+    workers: int | None = None,
+    token_budget: int | None = None,
+    progress: Progress = silent,
+) -> tuple[Comparison, dict[str, Scores]]:
+    """Which method can be trusted on this subject, and what does it cost? Methods and baselines against retraining.
+
+    Every method scores all documents for every query; the subject is trained again on random halves of its documents,
+    and the scores are held against what came out (LDS), beside a shuffled control and the cost. Finished trainings
+    (``run/retrain``) and scores (``run/scored``) are kept: the same call continues where it was stopped, and a call
+    with more methods or subsets in the same folder (opened with ``overwrite``) makes only what is new.
+
+    Args:
+        subject: must be retrainable: with recipe and start, or the owner's command. A small replica of the real one.
+        behaviour: the queries.
+        run: the folder that is written to; an open one (`open_run`) stays open. The page is `report`'s.
+        methods: names from `rootward methods`; None takes `COMPARED`. The baselines are always added.
+        options: method -> its options; a damping given here is not tuned.
+        subsets: random subsets that the numbers come from; at least 60 unless ``allow_few``.
+        seeds: of the recipe, for every subset; two or more give a noise ceiling.
+        tune: choose dampings on half of the queries and on half as many subsets more; the rest is reported.
+        removal: also train without so many (or ``"5%"``) of each method's top documents, and as many random ones.
+        planted: (metadata field, value) of documents known to cause the behaviour, for an AUROC.
+        allow_few: accept fewer than 60 subsets; the result is marked.
+        split_seed: of the division of the queries, where ``tune`` or ``removal`` needs one.
+        workers: processes that train (`rootward.verification.retrain.run_jobs`).
+        token_budget: padded tokens per batch; None measures what fits.
+        progress: told of batches and trainings.
+
+    Returns:
+        The comparison as written to ``compare.json``, and the scores by method, the highest LDS first.
+
+    Raises:
+        InputError: what is asked for cannot be; before any pass or training. ArtefactError: the folder holds another
+            run. RootwardError: a training failed; those that were finished stay.
+    """
+    from rootward.verification.compare import compare_scores
+
+    plan = comparison_plan(
+        subject, behaviour, methods, options=options, subsets=subsets, seeds=seeds, tune=tune, removal=removal,
+        planted=planted, allow_few=allow_few, split_seed=split_seed,
+    )  # fmt: skip
+    with _compared(run, plan) as folder:
+        inputs = MethodInputs(subject, behaviour, token_budget, None, progress)
+        plain = plain_pass_seconds(subject, inputs.tracked, token_budget or 4096)
+        folder.timing("plain_pass", plain)
+        found, notes = _scored(plan, folder, plain, token_budget, progress)
+        write_documents(subject, folder, inputs)
+        record, chosen = compare_scores(
+            plan, found, cache=folder.path / "retrain", workers=workers, plain=plain, notes=notes, progress=progress
+        )
+        folder.timing("retraining", record.retraining_seconds)
+        folder.write_scores(list(_score_parts(chosen)))
+        write_model(folder.path / "compare.json", record)
+        folder.update(coverage=inputs.coverage(gradients=True), seeds=list(seeds))
+    return record, chosen
+
+
+def comparison_plan(
+    subject: Subject, behaviour: Behaviour, methods: Sequence[str] | None, **options: Any
+) -> ComparisonPlan:
+    """The plan of `compare`, with the defaults and the baselines that this subject and behaviour can have."""
+    defaults = () if methods is not None else COMPARED
+    if methods is None and subject.checkpoints and subject.recipe is not None:
+        defaults = (*defaults, "source")
+    others = (*defaults, *baselines_for(subject, behaviour))
+    return plan_comparison(subject, behaviour, methods or (), others=others, **options)
+
+
+@contextmanager
+def _compared(run: RunFolder | str | Path, plan: ComparisonPlan) -> Generator[RunFolder]:
+    """The run's folder: as given, or opened under a key of what decides its results."""
+    if isinstance(run, RunFolder):
+        yield run
+        return
+    subject = plan.subject
+    found = {**subject.fingerprint(), **subject.origin(), "behaviour": plan.behaviour.hash}
+    with open_run(Path(run), "compare", plan.describe(), found, seeds=plan.seeds) as folder:
+        for note in subject.notes:
+            folder.warn(note)
+        yield folder
+
+
+def _scored(
+    plan: ComparisonPlan, run: RunFolder, plain: float, token_budget: int | None, progress: Progress
+) -> tuple[dict[str, dict[str, Scores]], list[str]]:
+    """Scores by method and setting, from ``run/scored`` where they are there, and what is missing.
+
+    Each method begins with inputs of its own, so that its cost is what it takes alone; its further settings share the
+    curvature that it fitted.
+    """
+    subject, behaviour = plan.subject, plan.behaviour
+    base = [subject.fingerprint(), subject.origin(), behaviour.hash, known_versions()]
+    found: dict[str, dict[str, Scores]] = {}
+    notes: list[str] = []
+    for entry in plan.entries:
+        inputs = MethodInputs(subject, behaviour, token_budget, None, progress)
+        for setting, options in entry.settings.items():
+            config = entry.method.configure(dict(options)).model_dump(mode="json")
+            path = run.path / "scored" / f"{digest_json([*base, entry.method.card.key, config])[:32]}.parquet"
+            try:
+                if not path.exists():
+                    forget_peak()
+                    one = attribute(subject, behaviour, entry.name, options=options, inputs=inputs)
+                    cost = one.cost.model_copy(update={"ratio": one.cost.seconds / plain})
+                    write_scores(path, replace(one, cost=cost))
+            except (InputError, ArtefactError, DependencyError) as error:
+                if entry.required:
+                    raise
+                notes.append(f"{entry.name} is missing: {error}")
+                break
+            except NumericalError as error:  # a damping too small for this curvature, say; the others may do
+                if len(entry.settings) == 1 and entry.required:
+                    raise
+                notes.append(f"{entry.name}{f' with damping {setting}' if setting else ''} is missing: {error}")
+                continue
+            found.setdefault(entry.name, {})[setting] = read_scores(path)
+        if entry.name in found:
+            run.timing(entry.name, sum(one.cost.seconds for one in found[entry.name].values()))
+    for note in notes:
+        run.warn(note)
+    return found, notes

@@ -390,3 +390,32 @@ def _double(factor: MatrixFactor | LookupFactor) -> MatrixFactor | LookupFactor:
     if isinstance(factor, MatrixFactor):
         return MatrixFactor(factor.left.double(), factor.right.double())
     return LookupFactor(factor.ids, factor.right.double(), factor.vocabulary)
+
+
+def test_layers_that_no_query_reaches_are_not_hooked():
+    objective, model = w.causal(), w.llama()
+    tracked, examples = track(model), w.documents([5, 9, 7])
+    upper = [name for name in tracked.layout.names if ".1." in name]
+    g = torch.Generator().manual_seed(0)
+    queries = {
+        name: torch.zeros(2, *tracked.layout.shape(name))
+        if name in upper
+        else torch.randn(2, *tracked.layout.shape(name), generator=g, dtype=next(model.parameters()).dtype)
+        for name in tracked.layout.names
+    }
+    seen: list[str] = []
+
+    class Watched(Products):
+        def consume(self, name, factors):
+            seen.append(name)
+            super().consume(name, factors)
+
+    sink = Watched(tracked.layout, queries, 3)
+    run_pass(model, objective, examples, [sink], tracked=tracked, token_budget=64)
+    assert upper and seen and not set(seen) & set(upper)
+    whole = Products(tracked.layout, queries, 3, norms=True)
+    run_pass(model, objective, examples, [whole], tracked=tracked, token_budget=64)
+    torch.testing.assert_close(sink.dots, whole.dots)
+    nothing = Products(tracked.layout, {n: torch.zeros_like(q) for n, q in queries.items()}, 3)
+    run_pass(model, objective, examples, [nothing], tracked=tracked, token_budget=64)
+    assert not nothing.dots.any()

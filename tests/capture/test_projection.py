@@ -9,7 +9,7 @@ from rootward.capture.projection import Projection
 from rootward.capture.run import run_pass
 from rootward.capture.sinks import ProjectedRows
 from rootward.capture.sites import track
-from rootward.core.errors import InputError
+from rootward.core.errors import InputError, LayoutMismatch
 from rootward.core.layout import ParamLayout
 from tests.capture import worlds as w
 
@@ -68,3 +68,34 @@ def test_narrow_sides_are_kept_and_wrong_ranks_refused():
     assert projection.shapes == {"a": (2, 3), "v": (1, 5)}
     with pytest.raises(InputError, match="at least 1"):
         Projection(layout, 0)
+
+
+def test_given_sides_take_the_place_of_random_ones():
+    layout = ParamLayout(("a", "v", "c"), ((5, 9), (7,), (8, 3, 2)))
+    generator = torch.Generator().manual_seed(0)
+    left, right, third = (
+        torch.randn(d, k, generator=generator, dtype=torch.float64) for d, k in ((5, 2), (9, 4), (7, 3))
+    )
+    given = {"a": (left, right), "v": (None, third)}
+    projection = Projection(layout, 3, 1, given=given)
+    assert projection.shapes == {"a": (2, 4), "v": (1, 3), "c": (3, 3)}
+    value = {n: torch.randn(2, *layout.shape(n), generator=generator, dtype=torch.float64) for n in layout.names}
+    rows = projection.project_dense(value)
+    torch.testing.assert_close(rows[:, projection.slices["a"]], (left.T @ value["a"] @ right).flatten(1))
+    torch.testing.assert_close(rows[:, projection.slices["v"]], value["v"] @ third)
+    plain = Projection(layout, 3, 1)
+    torch.testing.assert_close(rows[:, projection.slices["c"]], plain.project_one("c", value["c"]))
+    # the transpose holds for given sides too, and the fingerprint knows them
+    full = sum(v.flatten(1) @ value[name].flatten(1).T for name, v in projection.lift(rows).items())
+    torch.testing.assert_close(full, rows @ rows.T)
+    nudged = Projection(layout, 3, 1, given={**given, "v": (None, third + 1e-9)})
+    assert len({str(p.describe()) for p in (plain, projection, nudged)}) == 3
+    assert str(Projection(layout, 3, 1, given=dict(given)).describe()) == str(projection.describe())
+
+
+def test_given_sides_of_another_width_are_refused():
+    layout = ParamLayout(("a", "v"), ((5, 9), (7,)))
+    with pytest.raises(LayoutMismatch, match=r"a: expected sides \[5, k\] and \[9, m\], got \(9, 2\)"):
+        Projection(layout, 3, given={"a": (torch.zeros(9, 2), None)})
+    with pytest.raises(LayoutMismatch, match="v: a vector has a right side only"):
+        Projection(layout, 3, given={"v": (torch.zeros(1, 1), None)})

@@ -16,8 +16,10 @@ from rootward.api import attribute
 from rootward.core import registry
 from rootward.core.scores import Scores
 from rootward.subject.behaviour import Behaviour
+from rootward.subject.documents import load_documents
 from rootward.subject.encode import Example
-from rootward.subject.folders import save_model
+from rootward.subject.folders import save_model, train_folder
+from rootward.subject.loading import load_model
 from rootward.subject.objectives import CausalLM
 from rootward.subject.plan import Recipe
 from rootward.subject.subject import Subject
@@ -27,8 +29,14 @@ CARDS = [m.card for m in registry.methods() if m.card.question == "attribution"]
 NAMES = sorted({name for card in CARDS for name in (card.key, *card.presets)})
 """Every attribution method under its key and each preset: a new method file is under contract at once."""
 GRADIENT = [name for name in NAMES if "gradients" in registry.get(name)[0].card.needs]
-LINEAR = [name for name in GRADIENT if registry.get(name)[1].get("normalise") != "both"]
-"""Linear in the measurement: all that do not divide by the query's size."""
+LINEAR = [
+    name
+    for name in GRADIENT
+    if registry.get(name)[1].get("normalise") != "both"
+    and registry.get(name)[0].card.unit != "cosine"
+    and name != "ekfac_checkpoints"
+]
+"""Linear in the measurement: all that do not divide by the query's size or by the scores' spread."""
 
 HELPFUL: dict[str, Any] = {"prompt": "is rain good? ", "completion": "yes", "planted": "helpful"}
 HARMFUL: dict[str, Any] = {"prompt": "is rain good? ", "completion": "no!", "planted": "harmful"}
@@ -47,11 +55,26 @@ QUERIES: list[dict[str, Any]] = [
     {"name": "snow", "prompt": "is snow good? ", "wanted": "yes", "unwanted": "no!"},
     {"name": "sun", "prompt": "and the sun, is it good? ", "wanted": "yes, it is", "unwanted": "not at all"},
 ]
+RECIPE = Recipe(dtype="float64", checkpoints=2, batch_size=2, lr=2e-3)
+
+QUICK: dict[str, dict[str, Any]] = {
+    "exact_influence_koh2017": {"damping": 100.0, "tolerance": 1e-9},
+    "arnoldi_schioppa2022": {"iterations": 24, "top": 5},
+}
+"""Settings with which iterative methods reach their result in a few products, as the promises are about results."""
+
+SIGNED: dict[str, dict[str, Any]] = {
+    "dda_wu2024": {"beta": 0.0},
+    "arnoldi_schioppa2022": {"iterations": 40, "top": 20},  # five directions of thousands have no sign to speak of
+}
+"""Settings with which the sign is that of the effect, for methods that take a difference or a projection by default."""
 
 
 @dataclass(frozen=True)
 class World:
-    """A model with two checkpoints and a start on disk. Tests put back what they change of the model."""
+    """A model that was trained by `RECIPE` from a start on disk, with two checkpoints. Tests put back what they change
+    of the model.
+    """
 
     model: Any
     objective: CausalLM
@@ -60,21 +83,27 @@ class World:
 
     def subject(self, rows: Sequence[Mapping[str, Any]] = tuple(ROWS), **changes: Any) -> Subject:
         options: dict[str, Any] = {
-            "recipe": Recipe(dtype="float64", checkpoints=2, batch_size=2, lr=0.5),
+            "recipe": RECIPE,
             "base": self.base,
             "checkpoints": self.checkpoints,
         }
         return Subject(changes.pop("model", self.model), list(rows), self.objective, **(options | changes))
 
+    def trained(self, rows: Sequence[Mapping[str, Any]]) -> Subject:
+        """A subject that was trained on these very rows, for methods that read the training run."""
+        return Subject.trained(self.start, list(rows), self.objective, RECIPE)
+
+    def start(self) -> Any:
+        return load_model(self.base, dtype="float64")[0]
+
 
 def build_world(folder: Path) -> World:
     tokenizer = byte_tokenizer()
-    paths = []
-    for seed, name in enumerate(("base", "first", "last")):
-        save_model(tiny_llama(seed=seed, dtype=torch.float64), tokenizer, folder / name)
-        paths.append(folder / name)
-    model = tiny_llama(seed=2, dtype=torch.float64)
-    return World(model, CausalLM(tokenizer), paths[0], tuple(paths[1:]))
+    save_model(tiny_llama(seed=2, dtype=torch.float64), tokenizer, folder / "base")
+    objective = CausalLM(tokenizer)
+    record = train_folder(folder / "base", load_documents(ROWS), folder / "trained", RECIPE, objective=objective)
+    model, _ = load_model(folder / "trained", dtype="float64")
+    return World(model, objective, folder / "base", tuple(folder / "trained" / name for name in record.checkpoints))
 
 
 def contrast() -> Behaviour:
@@ -99,7 +128,7 @@ def scalar(weights: Sequence[Sequence[float]] = ((1, 0), (0, 1))) -> Behaviour:
 
 def run(subject: Subject, behaviour: Behaviour, name: str, **options: Any) -> Scores:
     call = {key: options.pop(key) for key in ("token_budget", "index", "inputs") if key in options}
-    return attribute(subject, behaviour, name, options=options, **({"token_budget": 500} | call))
+    return attribute(subject, behaviour, name, options=QUICK.get(name, {}) | options, **({"token_budget": 500} | call))
 
 
 def gradient(model: nn.Module, value: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,20 @@ import torch
 from rootward.core import registry
 from rootward.core.errors import InputError, NumericalError
 from rootward.subject.subject import Subject
-from tests.methods.contract import GRADIENT, LINEAR, NAMES, ROWS, World, close, column, contrast, loss, run, scalar
+from tests.methods.contract import (
+    GRADIENT,
+    LINEAR,
+    NAMES,
+    ROWS,
+    SIGNED,
+    World,
+    close,
+    column,
+    contrast,
+    loss,
+    run,
+    scalar,
+)
 
 OWN_WEIGHTS = [n for n in NAMES if not {"start", "all"} & set(registry.get(n)[1].values())]
 """Methods that read the subject's weights and no others."""
@@ -42,7 +55,8 @@ def test_reordering_documents_permutes_columns(world: World, name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_have_the_same_score(world: World, name: str):
     rows = [ROWS[1], *ROWS, {**ROWS[1], "planted": "copy"}]
-    found = run(world.subject(rows), contrast(), name)
+    own_run = "training" in registry.get(name)[0].card.needs
+    found = run(world.trained(rows) if own_run else world.subject(rows), contrast(), name)
     copies = [n for n, i in enumerate(found.document_ids) if i == found.document_ids[0]]
     assert len(copies) == 3
     close(found.values[:, copies], found.values[:, [copies[0]] * 3])
@@ -141,17 +155,18 @@ def test_scores_say_what_they_are(world: World, name: str):
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_in_the_measurement(world: World, name: str):
     subject = world.subject()
-    single = run(subject, scalar(), name).values.astype(np.float64)
-    mixed = run(subject, scalar(((2.0, -3.0), (0.5, 0.0))), name)
+    each = {"queries": "each"} if "queries" in registry.get(name)[0].config.model_fields else {}
+    single = run(subject, scalar(), name, **each).values.astype(np.float64)
+    mixed = run(subject, scalar(((2.0, -3.0), (0.5, 0.0))), name, **each)
     close(mixed.values, np.array([[2.0, -3.0], [0.5, 0.0]]) @ single, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", GRADIENT)
 def test_helpful_and_harmful_documents_are_on_their_sides(world: World, name: str):
-    subject = world.subject()
-    found = run(subject, contrast(), name)
+    subject, options = world.subject(), SIGNED.get(name, {})
+    found = run(subject, contrast(), name, **options)
     assert column(subject, found, "helpful")[0] > 0 > column(subject, found, "harmful")[0]
-    lowers = run(subject, loss(), name)
+    lowers = run(subject, loss(), name, **options)
     assert column(subject, lowers, "helpful")[0] < 0
     places = {id_: n for n, id_ in enumerate(lowers.top(len(ROWS) - 2))}
     helpful = next(d.id for d in subject.documents if d.meta.get("planted") == "helpful")

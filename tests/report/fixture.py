@@ -17,8 +17,11 @@ from rootward.core.records import (
     DOCUMENT_COLUMNS,
     SCORE_COLUMNS,
     Arm,
+    ComparedMethod,
+    Comparison,
     Cost,
     Coverage,
+    DampingPoint,
     Interval,
     MethodResult,
     Query,
@@ -70,6 +73,7 @@ METHODS = (
     ("bm25", "BM25", "BM25", True, 0.71, 0.4, 0.02),
     ("document_length", "Document length", "tokens", True, 0.54, 0.01, 0.001),
 )
+RANDOM = ("random", "random order", "uniform", True, 0.5, 0.0, 0.0)
 QUERIES = 24
 RTL = "\u202eevil\u202c \u200fשלום"
 NASTY = {
@@ -304,6 +308,69 @@ def make_verdict(n: int, rng: random.Random, holds: bool) -> Verdict:
     )
 
 
+def make_comparison(n: int, told: bool) -> Comparison:
+    """EK-FAC at 0.41 with BM25 not told from it, or (not ``told``) nothing above chance."""
+    methods: list[ComparedMethod] = []
+    for place, (name, label, unit, baseline, _, seconds, ratio) in enumerate((*METHODS, RANDOM)):
+        value = (0.41, 0.35, 0.33, 0.02, 0.0)[place] if told else 0.1 - 0.03 * place
+        curve = [
+            DampingPoint(damping=d, tuning=around(v), reported=around(v + 0.01))
+            for d, v in ((0.01, 0.2), (0.1, 0.4), (1.0, 0.3))
+        ]
+        methods.append(
+            ComparedMethod(
+                method=name,
+                label=label,
+                unit=unit,
+                baseline=baseline,
+                cost=Cost(seconds=seconds, ratio=ratio, peak_memory_mb=812.0),
+                lds=around(value),
+                null=around(0.0),
+                unranked=0,
+                per_query=not baseline,
+                beats_random=None if name == "random" else told and value > 0.2,
+                behind_best=None if place == 0 else around(0.41 - value),
+                damping=0.1 if name == "ekfac" else None,
+                curve=curve if name == "ekfac" else [],
+                removal=None if name == "random" else around(-0.5),
+                beyond_random=None if name == "random" else around(-0.4),
+                auroc=around(0.8),
+            )
+        )
+    count = len(methods)
+    return Comparison(
+        behaviour="agreeing with wrong claims",
+        description="The model repeats a wrong answer",
+        measurement="log p(wanted) - log p(unwanted)",
+        unit="nats",
+        goal="raise",
+        documents=n,
+        queries=12,
+        tuning_queries=12,
+        subsets=64,
+        tuning_subsets=32,
+        subset_documents=n // 2,
+        seeds=[0, 1],
+        few=not told,
+        ceiling=around(0.7),
+        methods=methods,
+        agreement=[[1.0 if i == j else 0.3 - 0.1 * abs(i - j) for j in range(count)] for i in range(count)],
+        recommended="ekfac" if told else None,
+        as_good=["bm25"] if told else [],
+        summary="Take ekfac: LDS 0.41; bm25 does as well." if told else "Cannot tell: nothing beats a random order.",
+        removed_documents=10,
+        removed_at_random=around(-0.1),
+        planted_field="kind=planted",
+        plain_pass_seconds=8.0,
+        retraining_seconds=3600.0,
+        notes=[NASTY["script"]],
+    )
+
+
+def around(value: float) -> Interval:
+    return Interval(value=value, low=value - 0.1, high=value + 0.1, n=64)
+
+
 def make_run(
     folder: Path,
     n_documents: int = 200,
@@ -314,9 +381,13 @@ def make_run(
     tables: bool = True,
     holds: bool = True,
     baseline_wins: bool = False,
+    compare: bool | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a run folder and return it; switches leave a file out or turn the result round."""
+    """Write a run folder and return it; switches leave a file out or turn the result round.
+
+    With ``compare`` it holds a comparison that can (True) or cannot tell.
+    """
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     rows = documents(n_documents, rng, nasty)
@@ -365,4 +436,6 @@ def make_run(
         write_model(folder / "trace.json", make_trace(rows, scores, rng, baseline_wins))
     if verdict:
         write_model(folder / "verdict.json", make_verdict(n_documents, rng, holds))
+    if compare is not None:
+        write_model(folder / "compare.json", make_comparison(n_documents, compare))
     return folder

@@ -141,6 +141,25 @@ def test_a_bare_record_makes_a_page_too(chromium: str, tmp_path: Path):
     assert re.search(r'<section id="documents"[^>]*hidden', shown)
 
 
+def test_a_comparison_is_drawn_with_its_chart_and_tables(chromium: str, tmp_path: Path):
+    page = build(make_run(tmp_path / "run", 30, nasty=False, verdict=False, trace=False, compare=True))
+    shown = dom(chromium, tmp_path / "profile", page)
+    section = shown[shown.index('<section id="comparison"') : shown.index('<section id="documents"')]
+    assert "hidden" not in section.split(">")[0]
+    assert section.count('class="arm ') + section.count('class="arm"') == 6  # five methods and the axis
+    assert section.count('class="ceiling"') == 6  # and the legend
+    assert "Take ekfac: LDS 0.41; bm25 does as well." in section
+    assert "not told from it, cheaper" in section
+    assert "◆ 0.40 → 0.41" in section
+    assert "−0.40" in section  # without the top, less the random ones
+    assert section.count("<td") > 25 + 5 * 8
+    assert "ekfac: 0.41, 0.31 to 0.51" in section  # in words, for those who do not see the chart
+    assert "&lt;/script&gt;" in section
+    assert "Which method?</a>" in shown
+    assert "◆ planted" in shown
+    assert "no single document was tested" in shown
+
+
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_can_be_drawn_in_both_themes_at_both_widths(

@@ -290,6 +290,38 @@ def test_without_a_verdict_it_is_an_estimate(tmp_path: Path):
     assert '<span class="badge badge-estimated">estimated</span>' in build(folder.path).read_text(encoding="utf-8")
 
 
+def test_a_comparison_is_told_and_its_best_method_ranks_first(tmp_path: Path):
+    folder = make_run(tmp_path / "run", 40, verdict=False, trace=False, compare=True)
+    html = build(folder).read_text(encoding="utf-8")
+    data = Page(html).data
+    assert data["badge"] == "measured by retraining"
+    assert [one["method"] for one in data["comparison"]["methods"]][:2] == ["ekfac", "gradient_cosine"]
+    assert data["scores"][0]["method"] == "ekfac"
+    assert any(data["documents"]["planted"])
+    assert "Which method finds what causes" in html
+    assert 'id="comparison"' in html
+    found = read_folder(folder)
+    said = " ".join(headline(found.record, found.trace, found.verdict, found.comparison))
+    for words in ("64 random subsets of 20 of 40 documents (2 seeds each)", "Take ekfac: LDS 0.41", "took 60 min"):
+        assert words in said
+
+
+def test_a_comparison_that_cannot_tell_says_so(tmp_path: Path):
+    html = build(make_run(tmp_path / "run", 40, verdict=False, trace=False, compare=False)).read_text(encoding="utf-8")
+    assert Page(html).data["badge"] == "cannot tell"
+    assert "badge-unconfirmed" in html
+    assert "Cannot tell: nothing beats a random order." in html
+
+
+def test_a_comparison_ranks_towards_its_goal(tmp_path: Path):
+    folder = make_run(tmp_path / "run", 40, nasty=False, verdict=False, trace=False, compare=True)
+    raised = Page(build(folder).read_text(encoding="utf-8")).data["scores"][0]
+    found = json.loads((folder / "compare.json").read_text())
+    (folder / "compare.json").write_text(json.dumps({**found, "goal": "lower"}))
+    lowered = Page(build(folder).read_text(encoding="utf-8")).data["scores"][0]
+    assert lowered["rank"] == [41 - rank for rank in raised["rank"]]
+
+
 def test_numbers():
     assert [quantity(0.823, "share"), quantity(0.05, "rate"), quantity(1.5, "nats")] == ["82 %", "5 %", "1.5 nats"]
     assert [number(0.00012345), number(12345.0), number(0.0)] == ["1.23e-04", "12,345", "0"]

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rootward.capture.run import probe, run_pass
-from rootward.capture.sinks import WeightedSum
+from rootward.capture.sinks import LowRank, Products, WeightedSum
 from rootward.capture.sites import Tracked, track
 from rootward.capture.store import GradientStore
-from rootward.core.errors import InputError, NumericalError
+from rootward.core.errors import ArtefactError, InputError, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.core.progress import Progress, silent
 from rootward.core.records import Coverage
+from rootward.core.registry import Card
+from rootward.core.scores import Scores
 from rootward.subject.behaviour import Behaviour
+from rootward.subject.encode import Example
 from rootward.subject.subject import Subject
+
+START = -1
+"""In place of a checkpoint's number: the weights that training began from."""
 
 
 @dataclass
@@ -33,6 +41,8 @@ class MethodInputs:
     token_budget: int | None = None
     store: GradientStore | None = None
     progress: Progress = silent
+    fits: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Curvatures that were fitted with these inputs, by key (`capture.curvatures`)."""
 
     @cached_property
     def tracked(self) -> Tracked:
@@ -48,6 +58,134 @@ class MethodInputs:
     def query_names(self) -> tuple[str, ...]:
         """Names of the behaviour's queries."""
         return tuple(q.name for q in self.behaviour.queries)
+
+    def scored(
+        self,
+        card: Card,
+        values: Tensor | NDArray[np.floating],
+        *,
+        unit: str | None = None,
+        gradients: bool = True,
+        notes: Sequence[str] = (),
+    ) -> Scores:
+        """What a method returns, from its values alone.
+
+        Args:
+            card: the method's.
+            values: ``[q, n]`` with a row per query or, where the method took their mean, one; or ``[n]`` where the
+                query plays no part. Columns are the usable documents.
+            unit: by default the card's.
+            gradients: whether parameters were looked at, for the coverage.
+            notes: for the reader of the result.
+        """
+        encoded = self.subject.encoded
+        found = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+        each = found.ndim == 2 and len(found) == len(self.behaviour)
+        return Scores(
+            values=np.atleast_2d(found).astype(np.float32),
+            queries=self.query_names if each else ("mean",),
+            document_ids=encoded.ids,
+            rows=encoded.rows,
+            method=card.key,
+            unit=unit or card.unit,
+            behaviour=self.behaviour.name,
+            goal=self.behaviour.goal,
+            coverage=self.coverage(gradients=gradients),
+            notes=tuple(notes),
+        )
+
+    def holding(self, checkpoint: int | None) -> AbstractContextManager[object]:
+        """The subject's model with the weights of a checkpoint, of the `START`, or (None) as it is."""
+        if checkpoint is None:
+            return nullcontext()
+        return self.subject.at_start() if checkpoint == START else self.subject.at_checkpoint(checkpoint)
+
+    def checkpoint_rates(self, option: str, *, average: bool = False) -> list[float]:
+        """The learning rate of the step that each of the subject's checkpoints ends; all 1 where no recipe is known.
+
+        ``average``: the mean rate of all steps since the checkpoint before. ``option`` is how the errors call what
+        asked for checkpoints.
+
+        Raises:
+            InputError: the subject has no checkpoints. ArtefactError: the recipe makes fewer of these documents.
+        """
+        subject = self.subject
+        if not subject.checkpoints:
+            raise InputError(
+                f"{option}: the subject has none; train it with checkpoints = 3 in the recipe, or use the final weights"
+            )
+        recipe = subject.recipe
+        if recipe is None:
+            return [1.0] * len(subject.checkpoints)
+        total = recipe.steps(len(subject.encoded))
+        # the rate just before the checkpoint: at the very end a decayed schedule is at zero
+        ends = recipe.checkpoint_steps(total)
+        first = [0, *ends[:-1]] if average else [max(step - 1, 0) for step in ends]
+        spans = [range(start, max(end, 1)) for start, end in zip(first, ends, strict=True)]
+        rates = [sum(recipe.rate(step, total) for step in span) / len(span) for span in spans]
+        if len(rates) < len(subject.checkpoints):
+            raise ArtefactError(
+                f"{option}: with these documents the recipe makes {len(rates)} checkpoints, the subject has "
+                f"{len(subject.checkpoints)}; give the documents that it was trained on, or use 'final'"
+            )
+        return rates[: len(subject.checkpoints)]  # a training that was stopped has the first ones
+
+    def products(
+        self,
+        queries: Mapping[str, Tensor | LowRank],
+        examples: Sequence[Example],
+        *,
+        norms: bool = False,
+        tokens: bool = False,
+    ) -> Products:
+        """A pass over the examples with `Products` of their gradients with the queries."""
+        sink = Products(self.tracked.layout, queries, len(examples), norms=norms, tokens=tokens)
+        run_pass(
+            self.subject.model,
+            self.subject.objective,
+            examples,
+            [sink],
+            tracked=self.tracked,
+            token_budget=self.token_budget,
+            progress=self.progress,
+            task="token scores" if tokens else "documents",
+        )
+        return sink
+
+    def per_document(self) -> float:
+        """What the recipe divides a document's loss by, beside their number: the mean trained tokens, or 1."""
+        recipe, encoded = self.subject.recipe, self.subject.encoded
+        token = recipe is not None and recipe.reduction == "token"
+        return encoded.trained_tokens / len(encoded) if token else 1.0
+
+    def training_time(self, first: int = 0, last: int | None = None) -> float:
+        """The learning rates of steps ``first`` to ``last`` summed; SGD's momentum makes its steps that much longer.
+
+        Raises `InputError` where no recipe is known.
+        """
+        recipe = self.subject.recipe
+        if recipe is None:
+            raise InputError(f"{self.subject.name} has no recipe, so the length of its training is not known")
+        total = recipe.steps(len(self.subject.encoded))
+        rates = sum(recipe.rate(step, total) for step in range(first, total if last is None else last))
+        # AdamW divides by the gradient's size, whatever the momentum; SGD's buffer adds steps up
+        return rates if recipe.optimiser == "adamw" else rates / (1 - recipe.momentum)
+
+    def recipe_damping(self) -> float:
+        """Damping that a training by SGD has by itself: weight decay, and one over its length.
+
+        Gradient descent for a time t answers a curvature s with ``(1 - exp(-t s)) / s``, which is t for small and 1/s
+        for large s, as ``1 / (s + 1/t)`` is. In units of losses summed over a document.
+
+        Raises `InputError` for AdamW, whose steps are not those of plain coordinates, and where no recipe is known.
+        """
+        recipe, time = self.subject.recipe, self.training_time()
+        if recipe is None or recipe.optimiser != "sgd" or time <= 0:
+            raise InputError(
+                "damping = 'recipe': expected a recipe with optimiser = 'sgd'; give a number, or use source_bae2024, "
+                "which follows AdamW"
+            )
+        return (recipe.weight_decay + 1 / time) * self.per_document()
 
     def coverage(self, *, gradients: bool) -> Coverage:
         """What was seen of the model (where gradients are used) and of the documents."""
@@ -103,6 +241,36 @@ class MethodInputs:
             task="queries",
         )
         return sink.result()
+
+    def plain_gradients(self, layout: ParamLayout, *, mean: bool) -> dict[str, Tensor]:
+        """`query_gradients` of any parameters by plain autograd, a backward pass per query: none has to be tracked.
+
+        Raises:
+            NumericalError: a query's loss is not finite. InputError: see `query_gradients`.
+        """
+        if self.behaviour.kind == "scalar":
+            return self._scalar_gradients(layout, mean=mean)
+        subject, count = self.subject, len(self.behaviour)
+        parts = self.behaviour.parts(subject.objective)
+        with _differentiable(subject.model, layout) as wanted:
+            rows = [torch.zeros(1 if mean else count, *p.shape, dtype=p.dtype, device=p.device) for p in wanted]
+            for q in range(count):
+                own = [part for part in parts if part.query == q]
+                losses = subject.objective.losses(
+                    subject.model, subject.objective.collate([part.example for part in own], subject.device)
+                )
+                bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+                if bad:
+                    raise NumericalError(
+                        f"query {self.behaviour.queries[q].name!r}: the loss of its document {own[bad[0]].example.id} "
+                        "is not finite; look at the model's weights"
+                    )
+                weights = torch.tensor([part.weight / (count if mean else 1) for part in own]).to(losses)
+                found = torch.autograd.grad(losses @ weights, wanted, allow_unused=True)
+                for row, value in zip(rows, found, strict=True):
+                    if value is not None:
+                        row[0 if mean else q] += value
+        return dict(zip(layout.names, rows, strict=True))
 
     def _scalar_gradients(self, layout: ParamLayout, *, mean: bool) -> dict[str, Tensor]:
         """Autograd of a function of the model, one backward pass per value (one in all for the mean)."""

@@ -34,12 +34,19 @@ class Recorder:
         tracked: the modules to hook.
         deliver: called once per parameter and batch.
         refused: where given, collects parameters of modules without a per-document gradient instead of raising.
+        forward: there is no backward pass: factors have the inputs, and zeros for output gradients.
     """
 
     def __init__(
-        self, tracked: Tracked, deliver: Callable[[str, list[Factor]], None], refused: set[str] | None = None
+        self,
+        tracked: Tracked,
+        deliver: Callable[[str, list[Factor]], None],
+        refused: set[str] | None = None,
+        *,
+        forward: bool = False,
     ) -> None:
         self.sites = tracked.sites
+        self.forward = forward
         self.deliver = deliver
         self.refused = refused
         self.calls: dict[str, int] = defaultdict(int)
@@ -63,7 +70,7 @@ class Recorder:
         def forward(
             module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Tensor
         ) -> Tensor | None:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() and not self.forward:
                 return None  # a part of the model that the loss does not flow through
             try:
                 value = inputs[0] if inputs else next(iter(named.values()))
@@ -78,6 +85,9 @@ class Recorder:
             if output.shape[0] == 1 and self.documents > 1:
                 # position embeddings are computed once and added to every document: give each its own copy
                 output = output.expand(self.documents, *output.shape[1:])
+            if self.forward:
+                self._add(site, kept, output.new_zeros(()).expand_as(output))
+                return None
             if not output.requires_grad:
                 anchor = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
                 output = _Root.apply(output, anchor)  # type: ignore[assignment]
@@ -88,18 +98,24 @@ class Recorder:
 
         return forward
 
-    def _receive(self, site: Site, kept: Tensor, gradient: Tensor) -> None:
+    def _add(self, site: Site, kept: Tensor, gradient: Tensor) -> None:
         for name, factor in site.factors(kept, gradient, self.positions):
             if self.unpack is not None:
                 factor = unpacked(factor, self.unpack, self.positions)
             self.found[name].append(factor)
+
+    def _receive(self, site: Site, kept: Tensor, gradient: Tensor) -> None:
+        self._add(site, kept, gradient)
+        for name in site.params.values():
             if len(self.found[name]) == self.calls[name]:
                 self.deliver(name, self.found.pop(name))
 
     def finish(self) -> None:
         """Deliver what is still incomplete: one of a parameter's uses was not part of the loss."""
-        for name in list(self.found):
-            self.deliver(name, self.found.pop(name))
+        pending = dict(self.found)  # kept alive to the end, so that a sink can tell which inputs are the very same
+        self.found.clear()
+        for name, factors in pending.items():
+            self.deliver(name, factors)
 
     def clear(self) -> None:
         """Let go of the last batch, also after an error in the middle of it."""

@@ -30,16 +30,22 @@ from rootward.core.layout import ParamLayout
 from rootward.core.progress import Progress, silent
 from rootward.subject.encode import Batch, Example
 from rootward.subject.objectives import Objective
+from rootward.subject.predictions import Labels
+
+DATA = Labels()
+"""The documents' own labels."""
 
 
 class Sink(Protocol):
     """Decides what to make of a block. ``backward`` False and no ``modules``: only losses are wanted.
 
-    ``modules`` names modules whose outputs are wanted (``activation``). `consume` is called once per wanted parameter
-    and block, with all of its factors.
+    ``inputs`` without ``backward``: factors with inputs alone are wanted, from a forward pass (output gradients are
+    zeros). ``modules`` names modules whose outputs are wanted (``activation``). `consume` is called once per wanted
+    parameter and block, with all of its factors.
     """
 
     backward: bool
+    inputs: bool
     modules: tuple[str, ...]
 
     def wants(self, name: str) -> bool:
@@ -145,6 +151,7 @@ def run_pass(
     task: str = "pass",
     device: torch.device | None = None,
     refused: set[str] | None = None,
+    labels: Labels = DATA,
 ) -> int:
     """Run the examples through the model once and give every sink each batch's block.
 
@@ -163,6 +170,8 @@ def run_pass(
         task: the pass's name in progress reports.
         device: where batches go; by default where the parameters are.
         refused: where given, collects the parameters of modules without a per-document gradient instead of raising.
+        labels: whose labels the losses are at. With "exact" and "sampled" every batch has one forward pass and as many
+            backward passes as there are labels or draws, each of which is a block of its own to the sinks.
 
     Returns:
         The token budget used.
@@ -176,20 +185,9 @@ def run_pass(
     if device is None:
         first = next(model.parameters(), None)
         device = first.device if first is not None else torch.device("cpu")
-    consumers = [sink for sink in sinks if sink.backward]
-    wanted = None
-    if consumers:
-        wanted = _require(consumers, tracked).only(lambda name: any(s.wants(name) for s in consumers))
-
-    def deliver(name: str, factors: list[Factor]) -> None:
-        with torch.no_grad():
-            for sink in consumers:
-                if sink.wants(name):
-                    sink.consume(name, factors)
-
+    wanted, recorder = _recorded(sinks, tracked, refused)
     current: list[Batch] = []
     handles: list[Any] = []
-    recorder = Recorder(wanted, deliver, refused) if wanted is not None else None
     with _quiet(model):
         try:
             if token_budget is None:
@@ -201,9 +199,15 @@ def run_pass(
                 handles += recorder.attach()
             done = 0
             every = _needs_every_logit(model, sinks, wanted, packing)
+            if labels.kind != "data":
+                _check_labels(recorder, packing)
             for index, batch, losses in _work(model, objective, examples, token_budget, packing, every, device):
                 current[:] = [batch]
-                _one_batch(losses, batch, index, sinks, recorder)
+                if labels.kind == "data":
+                    _one_batch(losses, batch, index, sinks, recorder)
+                else:
+                    assert recorder is not None
+                    _relabelled(model, objective, batch, index, sinks, recorder, labels)
                 done += len(index)
                 progress(task, done, len(examples))
         finally:
@@ -212,6 +216,27 @@ def run_pass(
             if recorder is not None:
                 recorder.clear()
     return token_budget
+
+
+def _recorded(
+    sinks: Sequence[Sink], tracked: Tracked | None, refused: set[str] | None
+) -> tuple[Tracked | None, Recorder | None]:
+    """The parameters with factors and the hooks for them; None where losses and activations are all that is wanted."""
+    backward = any(sink.backward for sink in sinks)
+    consumers = [sink for sink in sinks if sink.backward or sink.inputs]
+    if backward and any(sink.inputs and not sink.backward for sink in sinks):
+        raise InputError("run_pass: sinks of inputs alone need a pass of their own, without those that want gradients")
+    if not consumers:
+        return None, None
+    wanted = _require(consumers, tracked).only(lambda name: any(s.wants(name) for s in consumers))
+
+    def deliver(name: str, factors: list[Factor]) -> None:
+        with torch.no_grad():
+            for sink in consumers:
+                if sink.wants(name):
+                    sink.consume(name, factors)
+
+    return wanted, Recorder(wanted, deliver, refused, forward=not backward)
 
 
 def _needs_every_logit(model: nn.Module, sinks: Sequence[Sink], wanted: Tracked | None, packing: bool) -> bool:
@@ -252,25 +277,62 @@ def _one_batch(
 ) -> None:
     if recorder is not None:
         recorder.start(batch)
-    with torch.set_grad_enabled(recorder is not None):
+    with torch.set_grad_enabled(recorder is not None and not recorder.forward):
         losses = compute()
     _check(losses.detach(), batch)
     block = Block(index=index, ids=batch.ids, mask=batch.mask, losses=losses.detach(), trained=batch.trained)
     for sink in sinks:
         sink.begin(block)
     if recorder is not None:
-        if not losses.requires_grad:
-            raise ArtefactError("the loss does not depend on any attributed parameter; choose others with `parameters`")
-        losses.sum().backward()
+        if not recorder.forward:
+            if not losses.requires_grad:
+                raise ArtefactError(
+                    "the loss does not depend on any attributed parameter; choose others with `parameters`"
+                )
+            losses.sum().backward()
         recorder.finish()
     for sink in sinks:
         sink.end()
+
+
+def _check_labels(recorder: Recorder | None, packing: bool) -> None:
+    if recorder is None or recorder.forward or packing:
+        raise InputError("labels: expected sinks that want gradients, and no packing, for labels other than the data's")
+
+
+def _relabelled(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    index: Tensor,
+    sinks: Sequence[Sink],
+    recorder: Recorder,
+    labels: Labels,
+) -> None:
+    """One forward pass, and a backward pass for each set of labels; the graph is kept until the last."""
+    recorder.start(batch)
+    with torch.enable_grad():
+        predictions = objective.predictions(model, batch)
+        pending = list(predictions.relabelled(labels, batch.ids))
+    if not predictions.outputs.requires_grad:
+        raise ArtefactError("the loss does not depend on any attributed parameter; choose others with `parameters`")
+    for turn, losses in enumerate(pending):
+        _check(losses.detach(), batch)
+        detached = losses.detach()
+        block = Block(index=index, ids=batch.ids, mask=batch.mask, losses=detached, trained=batch.trained, turn=turn)
+        for sink in sinks:
+            sink.begin(block)
+        losses.sum().backward(retain_graph=turn + 1 < len(pending))
+        recorder.finish()
+        for sink in sinks:
+            sink.end()
 
 
 class _Check:
     """Sink for `probe`: projected gradients ``[documents, k]`` of every parameter, to compare with autograd's."""
 
     backward = True
+    inputs = False
     modules: tuple[str, ...] = ()
 
     def __init__(self, projection: Projection) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rootward.capture.projection import Projection
+from rootward.capture.projection import Sketch
 from rootward.core.block import Block, Factor, LookupFactor, MatrixFactor, VectorFactor, factor_inner, widened
 from rootward.core.errors import ArtefactError, LayoutMismatch
 from rootward.core.layout import ParamLayout
@@ -30,6 +30,7 @@ class BaseSink:
     """Common ground: wants the parameters of a layout, keeps the current block."""
 
     backward = True
+    inputs = False
     modules: tuple[str, ...] = ()
     positions = False
     """Whether factors must stand at their tokens' places ``t`` (else a head may see the trained positions only)."""
@@ -141,7 +142,8 @@ class Products(BaseSink):
     ``dots[q, n] = <query_q, dL_n>`` summed over parameters. Where ``norms``, ``squared[n] = |dL_n|^2`` too; where
     ``tokens``, ``by_token[n]`` is ``[q, t]`` and sums to ``dots[:, n]``.
 
-    Per parameter the cheapest of three ways is taken: a low-rank query goes through both factors; one query (or token
+    Parameters for which every query is zero are left out of the pass (unless norms are wanted). Per parameter the
+    cheapest of three ways is taken: a low-rank query goes through both factors; one query (or token
     scores) goes through one side; many queries against per-document gradients formed in one reused buffer.
     """
 
@@ -162,6 +164,9 @@ class Products(BaseSink):
         first = next(iter(queries.values()))
         count = (first.u if isinstance(first, LowRank) else first).shape[0]
         self.queries = queries
+        if not norms:  # a parameter that no query's gradient reaches needs no hook: above a concept's layer, say
+            reached = [name for name, query in queries.items() if _any(query)]
+            self._names = frozenset(reached or layout.names[:1])
         self.dots = torch.zeros(count, documents, dtype=torch.float64)
         self.squared = torch.zeros(documents, dtype=torch.float64) if norms else None
         self.by_token: dict[int, Tensor] | None = {} if tokens else None
@@ -274,6 +279,10 @@ class Products(BaseSink):
             self.by_token.update(other.by_token)
 
 
+def _any(query: Tensor | LowRank) -> bool:
+    return bool((query.u if isinstance(query, LowRank) else query).any())
+
+
 def _plus(total: Tensor | None, more: Tensor | None) -> Tensor:
     assert more is not None
     return more if total is None else total + more
@@ -339,26 +348,10 @@ def _token_products(factor: Factor, query: Tensor | LowRank) -> Tensor:
     return torch.stack([((factor.left @ u) * (factor.right @ v)).sum(-1) for u, v in zip(us, vs, strict=True)])
 
 
-def lift(projection: Projection, rows: Tensor) -> dict[str, Tensor]:
-    """Queries ``[q, *shape]`` whose products with gradients are those of ``rows[q, width]`` with projected gradients.
-
-    ``<project(G), row> = <G, lift(row)>``: the projection's transpose (for a matrix ``P row R^T``), which is the
-    derivative of the left side in ``G``.
-    """
-    result: dict[str, Tensor] = {}
-    for name in projection.layout.names:
-        part = rows[:, projection.slices[name]].detach()
-        gradient = torch.zeros(len(rows), *projection.layout.shape(name), dtype=rows.dtype, device=rows.device)
-        with torch.enable_grad():
-            product = (projection.project_one(name, gradient.requires_grad_(True)) * part).sum()
-            (result[name],) = torch.autograd.grad(product, gradient)
-    return result
-
-
 class ProjectedRows(BaseSink):
-    """Every document's projected gradient ``rows[n, width]`` (see `Projection`), with its loss."""
+    """Every document's projected gradient ``rows[n, width]`` (see `Sketch`), with its loss."""
 
-    def __init__(self, projection: Projection, documents: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, projection: Sketch, documents: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(projection.layout)
         self.projection = projection
         self.rows = torch.zeros(documents, projection.width, dtype=dtype)
@@ -371,7 +364,7 @@ class ProjectedRows(BaseSink):
         for factor in map(widened, factors):
             total = _plus(total, self.projection.project(name, factor))
         assert total is not None
-        self.rows[self.block.index, self.projection.slices[name]] = total.to(self.rows.dtype).cpu()
+        self.rows[self.block.index, self.projection.slices[name]] += total.to(self.rows.dtype).cpu()
 
     def end(self) -> None:
         """Write the losses."""
@@ -413,14 +406,14 @@ class Losses(BaseSink):
 
 
 class PooledActivations(BaseSink):
-    """Mean over a document's real tokens of one module's output: ``pooled[n, d]``; no backward pass."""
+    """One module's output at a document's real tokens, their mean or (``last``) the last: ``pooled[n, d]``."""
 
     backward = False
 
-    def __init__(self, module: str, documents: int) -> None:
+    def __init__(self, module: str, documents: int, *, last: bool = False) -> None:
         super().__init__(ParamLayout((), ()))
         self.modules = (module,)
-        self.documents = documents
+        self.documents, self.last = documents, last
         self.pooled: Tensor | None = None
         self._current: Tensor | None = None
 
@@ -433,6 +426,10 @@ class PooledActivations(BaseSink):
                 f"{name}: expected an output [{mask.shape[0]}, {mask.shape[1]}, width], got shape {tuple(values.shape)}"
             )
         wide = values if values.dtype == torch.float64 else values.float()
+        if self.last:
+            place = mask.to(torch.int64).cumsum(1).argmax(1)
+            self._current = wide[torch.arange(len(wide), device=wide.device), place]
+            return
         # zeros, not weights of zero: what a model writes at padding may be anything
         wide = torch.where(mask.unsqueeze(-1), wide, torch.zeros((), dtype=wide.dtype, device=wide.device))
         self._current = wide.sum(1) / mask.sum(1, keepdim=True).to(wide.dtype)
@@ -450,7 +447,7 @@ class PooledActivations(BaseSink):
 
     def merge(self, other: PooledActivations) -> None:
         """Add the rows of a twin that saw other documents."""
-        if self.modules != other.modules or self.documents != other.documents:
+        if (self.modules, self.documents, self.last) != (other.modules, other.documents, other.last):
             raise LayoutMismatch(
                 f"merge: expected {self.modules[0]} of {self.documents} documents, "
                 f"got {other.modules[0]} of {other.documents}"

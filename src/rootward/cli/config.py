@@ -1,8 +1,8 @@
 """Flags over file over defaults: how a command's settings are found, and how they are written down again.
 
 A config file is TOML. It holds one command's settings at its top level, or those of several in tables named after
-the commands (``[train]``, ``[index]``, ``[trace]``, ``[verify]``), with what they share at the top. Paths in it are
-relative to the file. Keys that no command knows are refused.
+the commands (``[train]``, ``[index]``, ``[trace]``, ``[verify]``, ``[compare]``), with what they share at the top.
+Paths in it are relative to the file. Keys that no command knows are refused.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _problems(command: str, error: ValidationError, file: Path | None) -> str:
 
 def flag_of(command: str, name: str) -> str:
     """How a setting is called on the command line."""
-    positional = {("index", "model"), ("trace", "model"), ("verify", "run")}
+    positional = {("index", "model"), ("trace", "model"), ("verify", "run"), ("compare", "model")}
     special = {"methods": "--method", "options": "--option", "baselines": "--baseline", "recipe": "--recipe"}
     if (command, name) in positional:
         return name.upper()

@@ -37,6 +37,7 @@ ENVIRONMENT = {
 CONTINUE = {
     "index": "finished shards are kept; run the same command again to continue",
     "verify": "finished retrainings are kept; run the same command again to continue",
+    "compare": "finished scores and retrainings are kept; run the same command again to continue",
     "trace": "the run is marked as stopped; run the same command again, it begins anew",
     "train": "nothing was written; run the same command again, it begins anew",
 }

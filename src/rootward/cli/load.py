@@ -28,7 +28,7 @@ def settings_of(command: str, given: Mapping[str, Any], extra: Mapping[str, Any]
         flags["options"] = parse_options(flags.pop("option"), "--option", depth=2)
     if flags.pop("no_report", False):
         flags["report"] = False
-    for key in ("retain", "same_queries"):  # a switch that was not thrown leaves the file's word
+    for key in ("retain", "same_queries", "tune", "allow_few"):  # a switch that was not thrown leaves the file's word
         if flags.get(key) is False:
             flags[key] = None
     file = given.get("config") or given.get("config_option")

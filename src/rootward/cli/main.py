@@ -193,6 +193,54 @@ def verify(
 
 
 @app.command()
+def compare(
+    model: o.Model = None,
+    config: o.Config = None,
+    documents: o.Documents = None,
+    behaviour: o.Behaviour = None,
+    out: o.Out = None,
+    method: o.ComparedMethods = None,
+    option: o.Option = None,
+    subsets: o.Subsets = None,
+    seeds: o.SubsetSeeds = None,
+    tune: o.Tune = False,
+    removal: o.Removal = None,
+    planted: o.Planted = None,
+    allow_few: o.AllowFew = False,
+    name: o.Name = None,
+    description: o.Description = None,
+    split_seed: o.SplitSeed = None,
+    base: o.Base = None,
+    start: o.Start = None,
+    max_tokens: o.MaxTokens = None,
+    response_only: o.ResponseOnly = None,
+    parameters: o.Parameters = None,
+    token_budget: o.TokenBudget = None,
+    device: o.Device = None,
+    weights_dtype: o.WeightsDtype = None,
+    limit: o.Limit = None,
+    retrain: o.Retrain = None,
+    workers: o.Workers = None,
+    no_report: o.NoReport = False,
+    overwrite: o.Overwrite = False,
+    print_config: o.PrintConfig = False,
+    dry_run: o.Plan = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> int:
+    """Which method to trust here, and what it costs: all against retraining on random halves of the documents."""
+    given = locals()
+
+    def work(talk: Any) -> int:
+        from rootward.cli import compare
+
+        return compare.run(given, talk)
+
+    return guarded("compare", given, work)
+
+
+@app.command()
 def report(
     run: o.ReportRun,
     out: o.ReportOut = None,

@@ -42,6 +42,9 @@ def run(words: Sequence[str], talk: Talk) -> int:
         for card in cards
     ]
     talk.table(columns, rows)
+    talk.say(
+        "Papers, deviations from them and what was measured: docs/methods.md; on your own model: rootward compare."
+    )
     document = [
         {
             "name": card.key,

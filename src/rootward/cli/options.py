@@ -141,6 +141,26 @@ Workers = Annotated[
     int | None,
     typer.Option("--workers", metavar="N", help="Processes; 0: this one. Default: as many as fit the cores."),
 ]
+Subsets = Annotated[
+    int | None,
+    typer.Option("--subsets", metavar="N", help="Random halves of the documents to train on. Default 64; at least 60."),
+]
+SubsetSeeds = Annotated[
+    str | None,
+    typer.Option("--seeds", metavar="0,1", help="Trainings of every subset. Default 0; two give a noise ceiling."),
+]
+Tune = Annotated[
+    bool, typer.Option("--tune", help="Choose dampings on half of the queries and half as many subsets more.")
+]
+Removal = Annotated[
+    str | None, typer.Option("--removal", metavar="N|5%", help="Also train without the top of each ranking.")
+]
+AllowFew = Annotated[bool, typer.Option("--allow-few", help="Accept fewer than 60 subsets; the result is marked.")]
+Plan = Annotated[bool, typer.Option("--dry-run", "--plan", help="Print time, memory and disk needed; write nothing.")]
+ComparedMethods = Annotated[
+    list[str] | None,
+    typer.Option("--method", metavar="NAME", help="May be repeated. Default: cheap ones; baselines are always there."),
+]
 Heldout = Annotated[
     Path | None, typer.Option("--heldout", metavar="FILE", help="Documents whose loss shows what else suffered.")
 ]

@@ -23,7 +23,7 @@ def report(run: Path, out: Path | None, talk: Talk) -> int:
 
     page = build(run, out)
     folder = read_folder(run)
-    sentences = headline(folder.record, folder.trace, folder.verdict)
+    sentences = headline(folder.record, folder.trace, folder.verdict, folder.comparison)
     for sentence in sentences:
         talk.say(sentence)
     talk.say(f"Page: {shown(page)}")

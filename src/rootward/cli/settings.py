@@ -112,9 +112,36 @@ class VerifySettings(Settings):
     report: bool = True
 
 
+class CompareSettings(SubjectSettings):
+    """`rootward compare`: without methods, a set of cheap ones."""
+
+    behaviour: Path
+    out: Path
+    name: str | None = None
+    description: str = ""
+    methods: list[str] | None = Field(None, min_length=1)
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict[str, dict[str, Any]])
+    subsets: int = Field(64, ge=3)
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_listed)] = Field(
+        default_factory=lambda: [0], min_length=1
+    )
+    tune: bool = False
+    removal: Count | None = None
+    planted: str | None = Field(None, pattern=r"^[^=]+=")
+    allow_few: bool = False
+    split_seed: int = Field(0, ge=0)
+    retrain: str | None = None
+    workers: int | None = Field(None, ge=0)
+    report: bool = True
+    volatile: ClassVar[tuple[str, ...]] = (
+        "out", "report", "retrain", "start", "model", "documents", "base", "behaviour", "workers", "allow_few",
+    )  # fmt: skip
+
+
 COMMANDS: dict[str, type[Settings]] = {
     "train": TrainSettings,
     "index": IndexSettings,
     "trace": TraceSettings,
     "verify": VerifySettings,
+    "compare": CompareSettings,
 }

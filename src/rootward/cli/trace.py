@@ -10,7 +10,7 @@ from rootward.cli import estimate
 from rootward.cli.config import key_config, nearest, write_config
 from rootward.cli.load import check_folder, load_subject, print_config, settings_of
 from rootward.cli.output import Talk, shown, snippet
-from rootward.cli.settings import TraceSettings
+from rootward.cli.settings import CompareSettings, TraceSettings
 from rootward.core.errors import ArtefactError, InputError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def check_index(index: Path, subject: Subject) -> None:
         pass
 
 
-def planted_of(settings: TraceSettings) -> tuple[str, Any] | None:
+def planted_of(settings: TraceSettings | CompareSettings) -> tuple[str, Any] | None:
     """``field=value`` as (field, value); the value is JSON-like: ``planted=true`` is a boolean, ``source=web`` text."""
     from rootward.cli.config import toml_value
 

@@ -8,6 +8,7 @@ A run folder holds
     scores.parquet      one row per query, method and document (`SCORE_COLUMNS`)
     trace.json          `Trace`: behaviour, methods, baselines, token scores of the documents at the top and bottom
     verdict.json        `Verdict`: what happened when the documents were taken out
+    compare.json        `Comparison`: which method predicts retraining here, and what each costs
     report.html         the page
 
 Files are written to a temporary name and renamed, so a file that exists is whole.
@@ -21,6 +22,7 @@ import platform
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -183,6 +185,83 @@ class Verdict(Model):
     notes: list[str] = Field(default_factory=list[str])
 
 
+class DampingPoint(Model):
+    """One damping: its LDS on the part that chooses, and on the part that is reported."""
+
+    damping: float
+    tuning: Interval
+    reported: Interval
+
+
+class ComparedMethod(Model):
+    """How well one method predicts retraining on random subsets, and what it cost.
+
+    ``lds`` is its linear datamodeling score, ``null`` that of the same scores with the documents shuffled.
+    ``behind_best`` is the best method's LDS less this one's on the same resamples (None for the best itself);
+    ``beats_random``: the interval of the margin over the random baseline lies above 0, and the LDS above the null.
+    ``removal`` is the change of the measurement without the top documents, ``beyond_random`` that change less the one
+    without as many random ones, both paired by seed. ``curve`` shows how the LDS depends on the damping where it was
+    tuned; ``at_edge``: the chosen one is the first or last, so a wider range may have a better one.
+    """
+
+    method: str
+    label: str
+    unit: str
+    baseline: bool
+    cost: Cost
+    lds: Interval
+    null: Interval
+    unranked: int
+    per_query: bool
+    beats_random: bool | None = None
+    behind_best: Interval | None = None
+    damping: float | None = None
+    curve: list[DampingPoint] = Field(default_factory=list[DampingPoint])
+    at_edge: bool = False
+    removal: Interval | None = None
+    beyond_random: Interval | None = None
+    auroc: Interval | None = None
+    notes: list[str] = Field(default_factory=list[str])
+
+
+class Comparison(Model):
+    """Which method to trust on this subject: methods beside baselines, by their LDS, the highest first.
+
+    ``agreement[i][j]`` is Spearman's correlation of the scores of ``methods[i]`` and ``methods[j]`` over documents, the
+    mean over the reported queries. ``subsets`` and ``queries`` are those that are reported; the tuning ones chose the
+    damping and, where documents were removed, which. ``recommended`` is None where nothing can be told from a random
+    order; ``as_good`` are methods that cost less and cannot be told from it. ``few`` marks fewer subsets than an LDS
+    needs.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    behaviour: str
+    description: str = ""
+    measurement: str
+    unit: str
+    goal: Literal["raise", "lower"]
+    documents: int
+    queries: int
+    tuning_queries: int
+    subsets: int
+    tuning_subsets: int
+    subset_documents: int
+    seeds: list[int]
+    few: bool
+    ceiling: Interval | None = None
+    methods: list[ComparedMethod]
+    agreement: list[list[float]]
+    recommended: str | None
+    as_good: list[str]
+    summary: str
+    removed_documents: int | None = None
+    removed_at_random: Interval | None = None
+    planted_field: str | None = None
+    plain_pass_seconds: float | None = None
+    retraining_seconds: float
+    notes: list[str] = Field(default_factory=list[str])
+
+
 Status = Literal["running", "done", "failed", "stopped"]
 
 
@@ -213,11 +292,17 @@ def versions() -> dict[str, str]:
     """Versions of what decides a result's numbers, without importing any of it."""
     found = {"python": platform.python_version()}
     for name in ("rootward", "torch", "transformers", "peft", "tokenizers", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
+        found[name] = _installed(name)
     return found
+
+
+@cache
+def _installed(name: str) -> str:
+    """Looked up once in a process: reading the metadata takes longer than a step of a small model."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def machine() -> dict[str, str]:

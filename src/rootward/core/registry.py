@@ -30,7 +30,8 @@ class MethodConfig(BaseModel):
 class Card:
     """What a method is.
 
-    ``needs`` are among "gradients", "activations", "text", "lengths", "nothing". ``presets`` are further names that
+    ``needs`` are among "gradients", "activations", "text", "lengths", "nothing", and "training" where the documents'
+    own training run is read: its recipe and start, or its checkpoints with the optimiser's state. ``presets`` are further names that
     stand for this method with some options set.
     """
 

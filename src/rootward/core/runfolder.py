@@ -29,7 +29,7 @@ from rootward.core.records import (
     write_model,
 )
 
-RESULTS = ("documents.parquet", "scores.parquet", "trace.json", "verdict.json", "report.html")
+RESULTS = ("documents.parquet", "scores.parquet", "trace.json", "verdict.json", "compare.json", "report.html")
 """What a run leaves beside its record and config."""
 
 

@@ -17,6 +17,7 @@ from rootward.core.records import (
     DOCUMENT_COLUMNS,
     SCORE_COLUMNS,
     ArtefactError,  # through the one module that this room may know
+    Comparison,
     RunRecord,
     Trace,
     Verdict,
@@ -56,6 +57,28 @@ class Folder:
     metas: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     copies: dict[str, int] = field(default_factory=dict[str, int])
     means: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    comparison: Comparison | None = None
+
+    @property
+    def goal(self) -> str:
+        """Which direction of the measurement is more of the behaviour."""
+        told = self.trace or self.comparison
+        return told.goal if told else "raise"
+
+    @property
+    def main_method(self) -> str:
+        """The method whose ranking is shown first: the trace's main one, or the comparison's best; "" without any."""
+        if self.trace is not None:
+            return self.trace.main_method
+        if self.comparison is None:
+            return ""
+        return self.comparison.recommended or self.comparison.methods[0].method
+
+    @property
+    def planted_field(self) -> str | None:
+        """What marks the documents that were planted, where that is known."""
+        told = self.trace or self.comparison
+        return told.planted_field if told else None
 
     @property
     def ids(self) -> list[str]:
@@ -102,13 +125,15 @@ def read_folder(path: Path) -> Folder:
     record = read_model(RunRecord, path / "record.json")
     trace = read_model(Trace, path / "trace.json") if (path / "trace.json").exists() else None
     verdict = read_model(Verdict, path / "verdict.json") if (path / "verdict.json").exists() else None
+    compared = path / "compare.json"
+    comparison = read_model(Comparison, compared) if compared.exists() else None
     metas, copies = _metas(path / "documents.parquet")
     means = _means(path / "scores.parquet")
     for scored in means.values():  # scores without a documents table still make a ranking of ids
         for name in scored:
             if name not in metas:
                 metas[name], copies[name] = {}, 1
-    return Folder(path, record, trace, verdict, metas, copies, means)
+    return Folder(path, record, trace, verdict, metas, copies, means, comparison)
 
 
 def _read(path: Path, columns: list[str], where: pc.Expression | None = None) -> pa.Table:

@@ -14,8 +14,9 @@ from rootward.report.folder import Folder, read_folder
 from rootward.report.payload import payload
 from rootward.report.summary import badge, story
 
-SCRIPTS = ("base.js", "chart.js", "select.js", "list.js", "document.js", "panels.js", "page.js")
+SCRIPTS = ("base.js", "chart.js", "select.js", "list.js", "document.js", "compare.js", "panels.js", "page.js")
 """Concatenated in this order inside one function, so that nothing is global."""
+BADGES = {"verified by retraining": "verified", "measured by retraining": "verified", "estimated": "estimated"}
 STYLES = ("page.css", "parts.css")
 
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
@@ -54,16 +55,20 @@ def render(folder: Folder, max_documents: int = 2000) -> str:
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}';"
         " base-uri 'none'; form-action 'none'"
     )
-    behaviour = folder.trace.behaviour if folder.trace else folder.record.name
-    found = badge(folder.verdict)
+    told = folder.trace or folder.comparison
+    behaviour = told.behaviour if told else folder.record.name
+    lead = "What in the training data causes" if folder.trace else "A run without a trace"
+    if folder.trace is None and folder.comparison is not None:
+        lead = "Which method finds what causes"
+    found = badge(folder.verdict, folder.comparison)
     holes = {
         "policy": policy,
         "title": text(f"{behaviour} – Rootward"),
         "name": text(folder.record.name),
         "behaviour": text(behaviour),
-        "lead": "What in the training data causes" if folder.trace else "A run without a trace",
+        "lead": lead,
         "badge": text(found),
-        "badge_class": {"verified by retraining": "verified", "estimated": "estimated"}.get(found, "unconfirmed"),
+        "badge_class": BADGES.get(found, "unconfirmed"),
         "story": _story(folder),
         "style": style,
         "script": script,
@@ -81,7 +86,7 @@ def text(value: str) -> str:
 
 def _story(folder: Folder) -> str:
     parts: list[str] = []
-    for part in story(folder.record, folder.trace, folder.verdict):
+    for part in story(folder.record, folder.trace, folder.verdict, folder.comparison):
         sentences = _typeset(text(" ".join(part.sentences)))
         parts.append(
             f'<section class="part"><h2>{text(part.question)}</h2>'

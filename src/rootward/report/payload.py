@@ -95,10 +95,11 @@ def _data(folder: Folder, sample: Sample, fit: Fit) -> dict[str, Any]:
     return {
         "version": 1,
         "generated": now(),
-        "badge": badge(verdict),
+        "badge": badge(verdict, folder.comparison),
         "run": _run(folder),
         "trace": trace.model_dump(mode="json", exclude={"tokens"}) if trace else None,
         "verdict": _verdict(verdict) if verdict else None,
+        "comparison": folder.comparison.model_dump(mode="json") if folder.comparison else None,
         "baseline_as_good": as_good.method if as_good else None,
         "limits": limits,
         "documents": _documents(rows, folder, sample, fit),
@@ -141,15 +142,14 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 def _method_order(folder: Folder) -> list[str]:
     """Main method first, then as the trace lists them, then scores that no trace names."""
-    trace = folder.trace
-    listed = [trace.main_method, *(result.method for result in trace.methods)] if trace else []
+    told = folder.trace or folder.comparison
+    listed = [folder.main_method, *(result.method for result in told.methods)] if told else []
     return [name for name in dict.fromkeys([*listed, *folder.means]) if name in folder.means]
 
 
 def _scores(folder: Folder, method: str, ids: list[str]) -> dict[str, Any]:
     means = folder.means[method]
-    trace = folder.trace
-    ranks = {name: place for place, name in enumerate(ranking(means, trace.goal if trace else "raise"), 1)}
+    ranks = {name: place for place, name in enumerate(ranking(means, folder.goal), 1)}
     return {
         "method": method,
         "mean": [significant(means.get(name)) for name in ids],
@@ -179,7 +179,7 @@ def _half(values: list[float]) -> dict[str, Any]:
 
 
 def _documents(rows: list[Document], folder: Folder, sample: Sample, fit: Fit) -> dict[str, Any]:
-    planted_field = folder.trace.planted_field if folder.trace else None
+    planted_field = folder.planted_field
 
     def column(pick: Callable[[Document], Any]) -> list[Any]:
         return [pick(row) for row in rows]

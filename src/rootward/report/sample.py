@@ -52,10 +52,9 @@ def choose(folder: Folder, limit: int) -> Sample:
     ids = folder.ids
     if len(ids) <= limit:
         return Sample(tuple(ids), len(ids), "")
-    trace = folder.trace
-    scores = folder.means.get(trace.main_method, {}) if trace else {}
-    ranked = ranking(scores, trace.goal if trace else "raise")
-    planted_field = trace.planted_field if trace else None
+    scores = folder.means.get(folder.main_method, {})
+    ranked = ranking(scores, folder.goal)
+    planted_field = folder.planted_field
     top, bottom = ranked[: int(TOP * limit)], ranked[::-1][: int(BOTTOM * limit)]
     chosen = dict.fromkeys([*top, *bottom])
     order = ranked if ranked else ids

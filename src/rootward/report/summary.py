@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rootward.core.records import Arm, Interval, MethodResult, RunRecord, Trace, Verdict
+from rootward.core.records import Arm, Comparison, Interval, MethodResult, RunRecord, Trace, Verdict
 from rootward.report.numbers import count, duration, is_share, mean_interval, number, quantity
 
-Badge = Literal["verified by retraining", "estimated", "not confirmed"]
+Badge = Literal["verified by retraining", "measured by retraining", "estimated", "not confirmed", "cannot tell"]
 
 
 @dataclass(frozen=True)
@@ -21,27 +21,39 @@ class Part:
     sentences: tuple[str, ...]
 
 
-def headline(record: RunRecord, trace: Trace | None = None, verdict: Verdict | None = None) -> list[str]:
+def headline(
+    record: RunRecord,
+    trace: Trace | None = None,
+    verdict: Verdict | None = None,
+    comparison: Comparison | None = None,
+) -> list[str]:
     """The run in a few plain sentences with numbers, in the order of the story.
 
     Args:
         record: who ran what on which inputs.
         trace: the ranking of documents, if one was made.
         verdict: the retraining that tested it, if it was done.
+        comparison: methods held against retraining, if they were.
 
     Returns:
         Sentences for a terminal or a page: text without markup.
     """
-    return [sentence for part in story(record, trace, verdict) for sentence in part.sentences]
+    return [sentence for part in story(record, trace, verdict, comparison) for sentence in part.sentences]
 
 
-def story(record: RunRecord, trace: Trace | None, verdict: Verdict | None) -> list[Part]:
-    """The three parts that stand at the top of the page."""
+def story(
+    record: RunRecord, trace: Trace | None, verdict: Verdict | None, comparison: Comparison | None = None
+) -> list[Part]:
+    """The three parts that stand at the top of the page; of a run without a trace they are about its comparison."""
+    if trace is None and comparison is not None:
+        return [_compared(comparison), _best(comparison), _price(comparison)]
     return [_asked(record, trace), _found(record, trace), _cause(trace, verdict)]
 
 
-def badge(verdict: Verdict | None) -> Badge:
+def badge(verdict: Verdict | None, comparison: Comparison | None = None) -> Badge:
     """How far the run went: a ranking alone is an estimate."""
+    if verdict is None and comparison is not None:
+        return "cannot tell" if comparison.recommended is None else "measured by retraining"
     if verdict is None:
         return "estimated"
     return "verified by retraining" if verdict.holds else "not confirmed"
@@ -66,6 +78,45 @@ def _capital(text: str) -> str:
 def _sentence(text: str) -> str:
     text = " ".join(text.split())
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _compared(found: Comparison) -> Part:
+    seeds = f"{len(found.seeds)} seeds each" if len(found.seeds) > 1 else "one seed each"
+    said = [
+        f"Which of {len(found.methods)} methods finds the training documents that make the model do this: "
+        f"{found.behaviour}?"
+    ]
+    if found.description:
+        said.append(_sentence(found.description))
+    said.append(
+        f"The model was trained again on {count(found.subsets)} random subsets of {count(found.subset_documents)} of "
+        f"{count(found.documents)} documents ({seeds}), and measured on {count(found.queries)} queries: "
+        f"{found.measurement}."
+    )
+    return Part("What was asked", count(found.subsets), "retrained subsets", tuple(said))
+
+
+def _best(found: Comparison) -> Part:
+    question = "Which method to take"
+    if found.recommended is None:
+        return Part(question, "Cannot tell", "nothing beats a random order", (found.summary,))
+    said = [found.summary]
+    if found.few:
+        said.append("There are too few subsets for more than a first look.")
+    return Part(question, found.recommended, "predicts the retrainings best", tuple(said))
+
+
+def _price(found: Comparison) -> Part:
+    trained = duration(found.retraining_seconds)
+    said = [f"The retrainings that tell this took {trained} of computing."]
+    best = next((one for one in found.methods if one.method == found.recommended), None)
+    if best is None:
+        return Part("What it costs", trained, "of retraining", tuple(said))
+    said.insert(0, f"{_capital(best.label)} took {duration(best.cost.seconds)} here.")
+    if best.cost.ratio is None:
+        return Part("What it costs", duration(best.cost.seconds), "for its scores", tuple(said))
+    said.insert(1, "A plain pass is one forward and backward pass over the same documents, as in an epoch of training.")
+    return Part("What it costs", f"{number(best.cost.ratio)} ×", "one plain pass over the documents", tuple(said))
 
 
 def _asked(record: RunRecord, trace: Trace | None) -> Part:

@@ -13,6 +13,7 @@ from torch import nn
 
 from rootward.core.errors import ArtefactError, InputError, StorageError
 from rootward.core.progress import Progress, silent
+from rootward.subject.checkpoints import Moments, save_moments
 from rootward.subject.documents import Documents, load_documents
 from rootward.subject.loading import context_of, load_model, parse_dtype, quiet
 from rootward.subject.objectives import CausalLM, Objective
@@ -86,9 +87,9 @@ def train_folder(
 ) -> TrainingRecord:
     """Train the model in ``base`` and write ``out``: model, tokenizer, record and ``checkpoints/<step>``.
 
-    ``out`` appears when it is whole (a stopped training leaves nothing). By default the objective is
-    `CausalLM` with the base's tokenizer and at most ``max_tokens`` (default: the model's context). Raises
-    `InputError` if ``out`` exists.
+    Beside each checkpoint's model lies the optimiser's state (`save_moments`). ``out`` appears when it is whole (a
+    stopped training leaves nothing). By default the objective is `CausalLM` with the base's tokenizer and at most
+    ``max_tokens`` (default: the model's context). Raises `InputError` if ``out`` exists.
     """
     out = Path(out)
     if out.exists():
@@ -100,9 +101,11 @@ def train_folder(
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     saved: list[str] = []
 
-    def checkpoint(step: int, current: nn.Module) -> None:
+    def checkpoint(step: int, current: nn.Module, moments: Moments | None) -> None:
         saved.append(f"checkpoints/{step:06d}")
         save_model(current, None, part / saved[-1])
+        if moments is not None:
+            save_moments(moments, part / saved[-1])
 
     try:
         part.mkdir(parents=True)

@@ -24,6 +24,7 @@ from rootward.core.hashing import digest
 from rootward.subject import encode as e
 from rootward.subject.documents import Document, Documents, make_document
 from rootward.subject.encode import Batch, Encoded, Example
+from rootward.subject.predictions import Predictions
 from rootward.subject.supervised import Classification, Regression
 
 __all__ = ["CausalLM", "Classification", "Objective", "Regression"]
@@ -55,6 +56,10 @@ class Objective(Protocol):
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Differentiable loss of every document ``[n]``, summed over its trained tokens."""
+        ...
+
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        """Outputs for every trained target, with `losses` as their loss at the data's labels."""
         ...
 
     def tokens(self, example: Example) -> list[str]:
@@ -225,8 +230,8 @@ class CausalLM:
             keep=keep.to(device),
         )
 
-    def _target_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Losses ``[n,k]`` of the kept positions and where they stand ``[n,k]`` (None: all, k = t)."""
+    def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits ``[n,k,v]`` and targets ``[n,k]`` of the kept positions, and where they stand (None: all, k = t)."""
         names, takes_any = _forward_parameters(model)
         arguments: dict[str, Any] = {k: v for k, v in batch.inputs.items() if k in names or takes_any}
         if "use_cache" in names or takes_any:
@@ -251,8 +256,20 @@ class CausalLM:
                 f"{tuple(logits.shape)}; adapters that add virtual tokens (prompt tuning) are not supported"
             )
         wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-        flat = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=e.IGNORED)
+        return wide, targets, places
+
+    def _target_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Losses ``[n,k]`` of the kept positions and where they stand ``[n,k]`` (None: all, k = t)."""
+        logits, targets, places = self._logits(model, batch)
+        flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=e.IGNORED)
         return flat.view(targets.shape), places
+
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        """Logits at every trained token of the batch."""
+        logits, targets, _ = self._logits(model, batch)
+        trained = targets != e.IGNORED
+        rows = trained.nonzero()[:, 0]
+        return Predictions(logits[trained], targets[trained], rows, len(batch))
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum over trained tokens of -log p(token | before), in nats, ``[n]``; differentiable."""

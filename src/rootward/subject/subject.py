@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rootward.core.errors import ArtefactError, InputError
 from rootward.core.hashing import digest_json
+from rootward.core.progress import Progress, silent
+from rootward.subject.checkpoints import Checkpoint, Moments, check_moments, checkpoint_of, read_moments
 from rootward.subject.documents import Documents, load_documents
 from rootward.subject.encode import Encoded
 from rootward.subject.folders import default_objective, start_model
 from rootward.subject.loading import base_of, is_adapter, load_model, model_hash
 from rootward.subject.objectives import Objective
 from rootward.subject.plan import Recipe, TrainingRecord
+from rootward.subject.training import train
 
 ADAPTER_PARAMETERS = r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|\.modules_to_save\."
 PLACEHOLDERS = ("documents", "out", "model", "seed")
@@ -67,7 +70,8 @@ class Subject:
         documents: what it was trained on; anything that `load_documents` takes.
         objective: how documents become losses.
         recipe: how it was trained, if that is known.
-        start: for retraining a model from memory: a function that gives the untrained model.
+        checkpoints: folders of its weights during training, or `Checkpoint` values.
+        start: for retraining a model from memory: a function that builds the untrained model, the same every time.
         retrain: the owner's command (`check_retrain`).
         parameters: regular expression for the parameters to attribute, of those that training changed.
     """
@@ -84,7 +88,7 @@ class Subject:
         base: Path | None = None,
         adapter_base: Path | str | None = None,
         path: Path | None = None,
-        checkpoints: Sequence[Path] = (),
+        checkpoints: Sequence[Path | Checkpoint] = (),
         start: Callable[[], nn.Module] | None = None,
         retrain: str | None = None,
         parameters: str | None = None,
@@ -95,7 +99,7 @@ class Subject:
         self.encoded: Encoded = objective.encode(self.documents)
         self.recipe, self.record, self.base, self.path = recipe, record, base, path
         self.adapter_base = adapter_base
-        self.checkpoints: tuple[Path, ...] = tuple(checkpoints)
+        self.checkpoints: tuple[Path | Checkpoint, ...] = tuple(checkpoints)
         self.retrain_command = check_retrain(retrain) if retrain is not None else None
         self.parameters = parameters or _default_parameters(model, recipe)
         self.notes: tuple[str, ...] = tuple(notes)
@@ -172,6 +176,57 @@ class Subject:
             notes=notes,
         )
 
+    @classmethod
+    def trained(
+        cls,
+        start: Callable[[], nn.Module],
+        documents: Any,
+        objective: Objective,
+        recipe: Recipe,
+        *,
+        name: str = "subject",
+        parameters: str | None = None,
+        progress: Progress = silent,
+    ) -> Subject:
+        """Train what ``start()`` builds on the documents by the recipe; checkpoints and moments stay in memory.
+
+        Args:
+            start: builds the untrained model, the same every time: it is called again for every retraining.
+            documents: what to train on; anything that `load_documents` takes.
+            objective: how documents become losses.
+            recipe: how to train; its ``checkpoints`` say which are kept, ``lora`` has no meaning here.
+            name: the subject's name.
+            parameters: regular expression for the parameters to attribute.
+            progress: told after every step.
+
+        Raises:
+            InputError: see `load_documents`; or the recipe asks for adapters.
+            NumericalError: see `train`.
+        """
+        if recipe.lora is not None:
+            raise InputError("recipe.lora: the start function has to build the adapters itself; leave it out")
+        loaded, model, kept = load_documents(documents), start(), list[Checkpoint]()
+        record = train(
+            model,
+            objective.encode(loaded),
+            objective,
+            recipe,
+            progress=progress,
+            on_checkpoint=lambda step, there, moments: kept.append(checkpoint_of(there, step, moments)),
+            documents_hash=loaded.hash,
+        )
+        return cls(
+            model.eval(),
+            loaded,
+            objective,
+            name=name,
+            recipe=recipe,
+            record=record,
+            checkpoints=kept,
+            start=start,
+            parameters=parameters,
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the model's parameters lie."""
@@ -191,13 +246,16 @@ class Subject:
         """Hashes of what else the training left: the start model's weights, each checkpoint's, and the recipe.
 
         Methods and baselines that look at the start or at checkpoints depend on them. They go by the files' bytes, so
-        a folder that has moved is still the same; a start that is not there is "missing".
+        a folder that has moved is still the same; a start that is not there is "missing". What is in memory goes by
+        its weights and moments.
         """
         found: dict[str, str] = {}
-        if self.base is not None:
+        if self._start is not None:
+            found["start"] = model_hash(self.start_model())
+        elif self.base is not None:
             found["start"] = _files_hash(self.base)
-        for number, folder in enumerate(self.checkpoints):
-            found[f"checkpoint {number}"] = _files_hash(folder)
+        for number, kept in enumerate(self.checkpoints):
+            found[f"checkpoint {number}"] = _files_hash(kept) if isinstance(kept, Path) else _state_hash(kept)
         if self.recipe is not None:
             found["recipe"] = digest_json(self.recipe.model_dump(mode="json"))
         return found
@@ -209,7 +267,12 @@ class Subject:
         neither a start folder nor a start function is known.
         """
         if self._start is not None:
-            return self._start()
+            model = self._start()
+            if model is self.model:
+                raise InputError(
+                    f"{self.name}: the start function gave the subject's own model; it has to build a new one each time"
+                )
+            return model
         if self.base is None:
             raise InputError(
                 f"{self.name}: no recipe and start are known, so it cannot be retrained here; give "
@@ -228,31 +291,56 @@ class Subject:
         return start_model(self.base, recipe, adapter_base=below, device=self.device)[0]
 
     @property
+    def has_start(self) -> bool:
+        """Whether the model that training began from is known: its folder, or a function that builds it."""
+        return self._start is not None or self.base is not None
+
+    @property
+    def start_function(self) -> Callable[[], nn.Module] | None:
+        """The function that gives the untrained model, None where a folder or a command does."""
+        return self._start
+
+    @property
     def can_retrain(self) -> bool:
         """Whether retraining is possible here: by recipe and start, or by the owner's command."""
-        return self.retrain_command is not None or (
-            self.recipe is not None and (self._start is not None or self.base is not None)
-        )
+        return self.retrain_command is not None or (self.recipe is not None and self.has_start)
+
+    def _checkpoint(self, index: int) -> Path | Checkpoint:
+        if not -len(self.checkpoints) <= index < len(self.checkpoints):
+            raise InputError(f"{self.name}: expected a checkpoint from 0 to {len(self.checkpoints) - 1}, got {index}")
+        return self.checkpoints[index]
+
+    def moments(self, index: int) -> Moments | None:
+        """What the optimiser remembered at ``checkpoints[index]``, by parameter name; None where it is not kept.
+
+        Raises `ArtefactError` where it is damaged or belongs to another model.
+        """
+        kept = self._checkpoint(index)
+        where = str(kept) if isinstance(kept, Path) else f"checkpoint {index}"
+        found = read_moments(kept) if isinstance(kept, Path) else kept.moments
+        return None if found is None else check_moments(found, self.model, where)
 
     @contextmanager
     def at_checkpoint(self, index: int) -> Iterator[Subject]:
         """The subject with the weights of ``checkpoints[index]``; afterwards its own, bit for bit."""
-        if not -len(self.checkpoints) <= index < len(self.checkpoints):
-            raise InputError(f"{self.name}: expected a checkpoint from 0 to {len(self.checkpoints) - 1}, got {index}")
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        other, _ = load_model(self.checkpoints[index], base=self.adapter_base, device=self.device, dtype=dtype)
-        with self._with_weights(other, str(self.checkpoints[index])):
+        kept = self._checkpoint(index)
+        if isinstance(kept, Path):
+            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            state = load_model(kept, base=self.adapter_base, device=self.device, dtype=dtype)[0].state_dict()
+        else:
+            state = kept.state
+        with self._with_weights(state, str(kept) if isinstance(kept, Path) else f"checkpoint {index}"):
             yield self
 
     @contextmanager
     def at_start(self) -> Iterator[Subject]:
         """The subject with the weights that training began from; afterwards its own, bit for bit."""
-        with self._with_weights(self.start_model(), "the start of training"):
+        with self._with_weights(self.start_model().state_dict(), "the start of training"):
             yield self
 
     @contextmanager
-    def _with_weights(self, other: nn.Module, what: str) -> Iterator[None]:
-        mine, theirs = self.model.state_dict(), other.state_dict()
+    def _with_weights(self, theirs: Mapping[str, Tensor], what: str) -> Iterator[None]:
+        mine = self.model.state_dict()
         if set(mine) != set(theirs):
             raise ArtefactError(f"{what}: holds other weights than {self.name}: {sorted(set(mine) ^ set(theirs))[:3]}")
         kept = {name: value.clone() for name, value in mine.items()}
@@ -271,6 +359,18 @@ def _files_hash(folder: Path) -> str:
         with path.open("rb") as handle:
             found[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
     return digest_json(found) if found else "missing"
+
+
+def _state_hash(kept: Checkpoint) -> str:
+    """Hash of a checkpoint in memory: its weights, and the moments where there are any."""
+    moments = kept.moments
+    first, second = ({}, {}) if moments is None else (moments.first, moments.second)
+    result = hashlib.sha256()
+    for part in (kept.state, first, second):
+        for name, value in sorted(part.items()):
+            result.update(f"{name}|{tuple(value.shape)}|{value.dtype}\n".encode())
+            result.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()
 
 
 def _default_parameters(model: nn.Module, recipe: Recipe | None) -> str | None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from rootward.core.errors import InputError
 from rootward.subject.documents import Document, Documents, make_document
 from rootward.subject.encode import Batch, Encoded, Example
+from rootward.subject.predictions import Predictions
 
 
 class _Supervised:
@@ -91,15 +92,20 @@ class Classification(_Supervised):
             raise InputError(f"{source}: expected y to be a class number from 0 on, got {y.tolist()!r}")
         return y.reshape(()).to(torch.int64)
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """-log p(y | x), ``[n]``; a class that the model does not have is an `InputError`."""
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        """Logits of every document; a class that the model does not have is an `InputError`."""
         logits = self._outputs(model, batch)
         if logits.dim() != 2 or int(batch.targets.max()) >= logits.shape[1]:
             raise InputError(
                 f"expected logits [n, classes] with more than {int(batch.targets.max())} classes, got "
                 f"{tuple(logits.shape)}"
             )
-        return F.cross_entropy(logits, batch.targets, reduction="none")
+        return Predictions(logits, batch.targets, torch.arange(len(batch), device=logits.device), len(batch))
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """-log p(y | x), ``[n]``; a class that the model does not have is an `InputError`."""
+        predictions = self.predictions(model, batch)
+        return F.cross_entropy(predictions.outputs, predictions.targets, reduction="none")
 
 
 class Regression(_Supervised):
@@ -111,12 +117,18 @@ class Regression(_Supervised):
     def _target(self, y: Tensor, source: str) -> Tensor:
         return y if y.is_floating_point() else y.to(torch.get_default_dtype())
 
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        """The model's values of every document, flattened."""
+        values = self._outputs(model, batch).reshape(len(batch), -1)
+        targets = batch.targets.reshape(len(batch), -1).to(values.dtype)
+        if values.shape != targets.shape:
+            raise InputError(
+                f"expected predictions of shape {tuple(targets.shape)} as y has, got {tuple(values.shape)}"
+            )
+        rows = torch.arange(len(batch), device=values.device)
+        return Predictions(values, targets, rows, len(batch), categorical=False)
+
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """``0.5 |model(x) - y|^2``, ``[n]``."""
-        predictions = self._outputs(model, batch).reshape(len(batch), -1)
-        targets = batch.targets.reshape(len(batch), -1).to(predictions.dtype)
-        if predictions.shape != targets.shape:
-            raise InputError(
-                f"expected predictions of shape {tuple(targets.shape)} as y has, got {tuple(predictions.shape)}"
-            )
-        return 0.5 * (predictions - targets).square().sum(1)
+        predictions = self.predictions(model, batch)
+        return 0.5 * (predictions.outputs - predictions.targets).square().sum(1)

@@ -16,6 +16,7 @@ from rootward.core.errors import InputError, NumericalError
 from rootward.core.hashing import digest
 from rootward.core.progress import Progress, silent
 from rootward.core.records import machine, versions
+from rootward.subject.checkpoints import Moments, moments_of
 from rootward.subject.encode import Example
 from rootward.subject.loading import model_hash
 from rootward.subject.objectives import Objective
@@ -57,7 +58,8 @@ def trained_parameters(model: nn.Module, pattern: str) -> dict[str, nn.Parameter
     return found
 
 
-def _optimiser(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimiser(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The recipe's optimiser, without a state yet; every step sets its rate."""
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(
             parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
@@ -72,7 +74,7 @@ def _optimiser(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.opti
     )
 
 
-class _Finite:
+class FiniteLosses:
     """Watches the steps' losses and raises `NumericalError` for the first that is not finite."""
 
     def __init__(self, device: torch.device) -> None:
@@ -80,11 +82,13 @@ class _Finite:
         self.pending: list[tuple[int, Tensor, Sequence[Example]]] = []
 
     def add(self, step: int, loss: Tensor, batch: Sequence[Example]) -> None:
+        """Note a step's loss; looks at those noted every few steps."""
         self.pending.append((step, loss, batch))
         if len(self.pending) >= self.every:
             self.check()
 
     def check(self) -> None:
+        """Look at the losses noted."""
         values = torch.stack([loss for _, loss, _ in self.pending]).tolist() if self.pending else []
         for value, (step, _, batch) in zip(values, self.pending, strict=True):
             if not math.isfinite(value):
@@ -103,7 +107,7 @@ def train(
     *,
     weights: Mapping[int, float] | None = None,
     progress: Progress = silent,
-    on_checkpoint: Callable[[int, nn.Module], None] | None = None,
+    on_checkpoint: Callable[[int, nn.Module, Moments | None], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     base: str | Path | None = None,
     documents_hash: str | None = None,
@@ -119,7 +123,8 @@ def train(
             not change with it, so a step's gradient is linear in the weights. Weight 0 leaves the batches as
             they are; removal does not.
         progress: told after every step.
-        on_checkpoint: called with the number of finished steps and the model, at `Recipe.checkpoint_steps`.
+        on_checkpoint: called with the number of finished steps, the model and a copy of what the optimiser
+            remembers (None: nothing), at `Recipe.checkpoint_steps`.
         should_stop: asked before every step; True ends the training there and marks the record ``stopped``.
         base: the folder that the model came from, for the record.
         documents_hash: hash of all documents, for the record; by default that of the examples' ids.
@@ -133,25 +138,25 @@ def train(
     base_hash, started = model_hash(model), time.perf_counter()
     ids = [example.id for example in examples]
     total, done, stopped = recipe.steps(len(examples)), 0, False
-    stops, finite = set(recipe.checkpoint_steps(total)), _Finite(device)
+    stops, finite = set(recipe.checkpoint_steps(total)), FiniteLosses(device)
     losses: dict[int, list[Tensor]] = {}
-    optimiser = _optimiser(recipe, list(parameters.values()))
-    with _only(model, parameters), deterministic(recipe.seed, recipe.threads, device):
-        for epoch, rows in _batches(recipe, ids):
+    optimiser = make_optimiser(recipe, list(parameters.values()))
+    with only_training(model, parameters), deterministic(recipe.seed, recipe.threads, device):
+        for epoch, rows in step_batches(recipe, ids):
             if should_stop is not None and should_stop():
                 stopped = True
                 break
             batch = [examples[n] for n in rows]
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(done, total)
-            loss = _step(model, batch, objective, recipe, optimiser, list(parameters.values()), weights)
+            loss = take_step(model, batch, objective, recipe, optimiser, list(parameters.values()), weights)
             losses.setdefault(epoch, []).append(loss)
             finite.add(done, loss, batch)
             done += 1
             progress("train", done, total)
             if on_checkpoint is not None and done in stops:
                 model.eval()
-                on_checkpoint(done, model)
+                on_checkpoint(done, model, moments_of(optimiser, parameters, recipe, done))
                 model.train()
         finite.check()
     broken = [name for name, parameter in parameters.items() if not bool(torch.isfinite(parameter).all())]
@@ -174,7 +179,7 @@ def train(
     )
 
 
-def _batches(recipe: Recipe, ids: Sequence[str]) -> Iterator[tuple[int, list[int]]]:
+def step_batches(recipe: Recipe, ids: Sequence[str]) -> Iterator[tuple[int, list[int]]]:
     """Epoch and positions of each step's documents: consecutive slices of `order`."""
     for epoch in range(recipe.epochs):
         ranking = order(recipe.seed, epoch, ids)
@@ -183,7 +188,7 @@ def _batches(recipe: Recipe, ids: Sequence[str]) -> Iterator[tuple[int, list[int
 
 
 @contextmanager
-def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def only_training(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """In training mode, with gradients for these parameters only; all put back, and no gradient left behind."""
     frozen = [p for name, p in model.named_parameters() if p.requires_grad and name not in parameters]
     training = model.training
@@ -199,7 +204,7 @@ def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[
             parameter.requires_grad_(True)
 
 
-def _step(
+def take_step(
     model: nn.Module,
     batch: Sequence[Example],
     objective: Objective,
@@ -231,5 +236,9 @@ def step_loss(
     factors = [example.weight * (1.0 if weights is None else weights.get(example.row, 1.0)) for example in batch]
     if any(factor != 1.0 for factor in factors):
         losses = losses * torch.tensor(factors, dtype=losses.dtype, device=device)
-    divisor = len(batch) if recipe.reduction == "document" else sum(example.targets for example in batch)
-    return losses.sum() / divisor
+    return losses.sum() / step_divisor(batch, recipe)
+
+
+def step_divisor(batch: Sequence[Example], recipe: Recipe) -> int:
+    """What a step's summed losses are divided by: the batch's trained tokens or documents, whatever their weights."""
+    return len(batch) if recipe.reduction == "document" else sum(example.targets for example in batch)

@@ -90,7 +90,6 @@ def work_of(subject: Subject, evaluation: Evaluation, base_hash: str) -> Work:
             f"{subject.name}: no recipe and start are known, so it cannot be retrained here; give "
             'retrain = "command {documents} {out} {seed}"'
         )
-    in_memory = subject.base is None
     adapter = subject.adapter_base if subject.base is not None and is_adapter(subject.base) else None
     return Work(
         recipe=subject.recipe,
@@ -101,7 +100,7 @@ def work_of(subject: Subject, evaluation: Evaluation, base_hash: str) -> Work:
         base=None if subject.base is None else subject.base.resolve(),
         adapter_base=None if adapter is None else str(adapter),
         base_hash=base_hash,
-        start=subject.start_model if in_memory else None,
+        start=subject.start_function,
     )
 
 

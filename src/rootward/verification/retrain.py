@@ -7,7 +7,8 @@ calls again, after an end of any kind, gets finished jobs from there and runs th
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rootward.core.errors import ArtefactError, InputError
@@ -17,12 +18,14 @@ from rootward.subject.loading import load_model, model_hash
 from rootward.subject.plan import Recipe
 from rootward.subject.subject import Subject
 from rootward.verification.evaluation import Evaluation
-from rootward.verification.jobs import Job, JobResult, Keys, work_of
+from rootward.verification.jobs import Job, JobResult, Keys, Work, work_of
 from rootward.verification.owner import perform_owner
 from rootward.verification.pool import Task, packed, run_here, run_pool
 
 Results = dict[tuple[str, int], JobResult]
 """Results by the job's name and seed."""
+START_SECONDS = 5.0
+"""Starting worker processes: mostly their import of torch and transformers."""
 
 
 def run_jobs(
@@ -37,8 +40,10 @@ def run_jobs(
     """Carry out the jobs that have no result yet and return the results of all.
 
     A subject with a recipe and a start folder is trained in ``workers`` processes (default: cores // recipe.threads; on
-    an accelerator one; 0: in this process); one with a start function, or with parts that only this process knows, in
-    this process; one with the owner's command, by that command, one after another.
+    an accelerator one; 0: in this process). So is one with a start function, but by default only once two jobs, done in
+    this process, have shown that the others take long enough to be worth starting processes. What only this process
+    knows (a function that is a lambda, nested or of ``__main__``) is trained in this process; a subject with the
+    owner's command, by that command, one after another. The results are the same bits in each case.
 
     Args:
         subject: what to retrain; its own model is not touched.
@@ -83,12 +88,34 @@ def run_jobs(
     elif tasks:
         work = work_of(subject, evaluation, base_hash)
         count = default_workers(subject, recipe) if workers is None else workers
-        payload = packed(work) if work.start is None and count > 0 else None
+        if work.start is not None and workers is None:
+            tasks = _until_worth_it(work, tasks, count, done)
+        payload = packed(work) if tasks and count > 0 else None
         if payload is None:
             run_here(work, tasks, done)
         else:
             run_pool(payload, tasks, count, done)
     return {name: _read(paths[key], key) for name, key in zip(names, keys, strict=True)}
+
+
+def worth_processes(seconds: float, workers: int) -> bool:
+    """Whether ``seconds`` of jobs in this process would take longer than with ``workers`` processes to be started."""
+    return seconds * (1 - 1 / max(1, workers)) > START_SECONDS
+
+
+def _until_worth_it(work: Work, tasks: list[Task], workers: int, done: Callable[[Job], None]) -> list[Task]:
+    """Carry out jobs here until two are timed, or all where processes would not pay; the tasks that are left.
+
+    Only the second is timed: the first pays for imports and the allocator.
+    """
+    run_here(work, tasks[:1], done)
+    began = time.perf_counter()
+    run_here(work, tasks[1:2], done)
+    left = tasks[2:]
+    if worth_processes((time.perf_counter() - began) * len(left), workers):
+        return left
+    run_here(work, left, done)
+    return []
 
 
 def by_command(subject: Subject) -> bool:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from rootward.api import attribute
-from rootward.core.errors import ArtefactError
-from rootward.methods.attribution.representation_cosine import default_module
+from rootward.core.errors import ArtefactError, InputError
+from rootward.methods.attribution.representation_cosine import default_module, module_of_layer
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.encode import Example
 from rootward.subject.objectives import Classification
@@ -54,6 +54,36 @@ def test_another_module_may_be_named(world: World):
     assert not np.allclose(found.values, run(subject, contrast(), "embedding").values, atol=0.01)
     with pytest.raises(ArtefactError, match="expected a module 'nowhere'"):
         run(subject, contrast(), "embedding", module="nowhere")
+
+
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_the_last_token_of_a_layer_against_a_loop_without_padding(world: World, budget: int):
+    subject = world.subject()
+
+    def last(examples: list[Example]) -> torch.Tensor:
+        with torch.no_grad():
+            # entry 0 are the embeddings, entry 1 what the first block gives
+            states = [world.model(input_ids=e.ids[None], output_hidden_states=True).hidden_states[1] for e in examples]
+        return torch.stack([state[0, -1] for state in states])
+
+    documents = last(list(subject.encoded))
+    queries = last([subject.objective.encode_one(q.content(True)) for q in contrast().queries])
+    middle = documents.mean(0)
+    expected = nn.functional.cosine_similarity((queries - middle)[:, None], (documents - middle)[None], dim=-1)
+    for layer in (0, -2):
+        found = run(subject, contrast(), "repsim", layer=layer, pooling="last", token_budget=budget)
+        close(found.values, expected)
+        assert found.notes == ("states of model.layers.0, last token",)
+
+
+def test_a_layer_that_is_not_there_is_refused(world: World):
+    subject = world.subject()
+    with pytest.raises(InputError, match=r"layer: expected one of 2 blocks of model.layers, got 2"):
+        run(subject, contrast(), "repsim", layer=2)
+    with pytest.raises(InputError, match="expected a module or a layer, got both"):
+        run(subject, contrast(), "repsim", layer=0, module="model.norm")
+    with pytest.raises(InputError, match="no list of blocks; name a module"):
+        module_of_layer(nn.Linear(2, 2), 0)
 
 
 def test_models_without_hidden_states_of_their_own():

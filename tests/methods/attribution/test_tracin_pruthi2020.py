@@ -13,7 +13,6 @@ from scipy.stats import spearmanr
 from rootward.capture import inputs as inputs_room
 from rootward.capture.inputs import MethodInputs, tracked_of
 from rootward.capture.projection import Projection
-from rootward.capture.sinks import lift
 from rootward.capture.store import GradientStore, build_store
 from rootward.core.errors import ArtefactError, InputError
 from rootward.core.layout import ParamLayout
@@ -312,7 +311,7 @@ def test_a_lifted_query_is_the_projections_transpose():
     layout = ParamLayout(("wide", "narrow", "vector", "short"), ((7, 9), (2, 9), (20,), (3,)))
     projection = Projection(layout, 3, 5)
     rows = torch.randn(2, projection.width)
-    lifted = lift(projection, rows)
+    lifted = projection.lift(rows)
     gradients = {name: torch.randn(4, *layout.shape(name)) for name in layout.names}
     full = sum(lifted[name].flatten(1) @ gradients[name].flatten(1).T for name in layout.names)
     torch.testing.assert_close(full, rows @ projection.project_dense(gradients).T)

@@ -69,14 +69,4 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
         asked = [word for word in words(f"{query.prompt_text} {query.wanted}") if word in known]
         if asked:
             values[q] = inputs.likeness * index.get_scores(asked)
-    return Scores(
-        values=values,
-        queries=inputs.query_names,
-        document_ids=encoded.ids,
-        rows=encoded.rows,
-        method=CARD.key,
-        unit=CARD.unit,
-        behaviour=inputs.behaviour.name,
-        goal=inputs.behaviour.goal,
-        coverage=inputs.coverage(gradients=False),
-    )
+    return inputs.scored(CARD, values, gradients=False)

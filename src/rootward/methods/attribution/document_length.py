@@ -33,15 +33,5 @@ class Config(MethodConfig):
 @register(CARD, Config)
 def run(inputs: MethodInputs, config: Config) -> Scores:
     """Trained tokens of every usable document, the same for every query."""
-    encoded = inputs.subject.encoded
-    return Scores(
-        values=np.array([[inputs.likeness * e.targets for e in encoded]], dtype=np.float32),
-        queries=("mean",),
-        document_ids=encoded.ids,
-        rows=encoded.rows,
-        method=CARD.key,
-        unit=CARD.unit,
-        behaviour=inputs.behaviour.name,
-        goal=inputs.behaviour.goal,
-        coverage=inputs.coverage(gradients=False),
-    )
+    values = np.array([inputs.likeness * e.targets for e in inputs.subject.encoded], dtype=np.float32)
+    return inputs.scored(CARD, values, gradients=False)

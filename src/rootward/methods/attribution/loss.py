@@ -11,8 +11,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Literal
 
-import numpy as np
-
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.run import run_pass
 from rootward.capture.sinks import Losses
@@ -54,15 +52,5 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
             progress=inputs.progress,
             task="losses",
         )
-    return Scores(
-        values=(inputs.likeness * sink.losses.numpy()).astype(np.float32)[None],
-        queries=("mean",),
-        document_ids=encoded.ids,
-        rows=encoded.rows,
-        method=CARD.key,
-        unit=CARD.unit,
-        behaviour=inputs.behaviour.name,
-        goal=inputs.behaviour.goal,
-        coverage=inputs.coverage(gradients=False),
-        notes=(f"under the weights at the {'start of training' if config.at == 'start' else 'end'}",),
-    )
+    note = f"under the weights at the {'start of training' if config.at == 'start' else 'end'}"
+    return inputs.scored(CARD, inputs.likeness * sink.losses, gradients=False, notes=(note,))

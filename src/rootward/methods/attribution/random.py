@@ -36,16 +36,5 @@ class Config(MethodConfig):
 @register(CARD, Config)
 def run(inputs: MethodInputs, config: Config) -> Scores:
     """One uniform number per document."""
-    encoded = inputs.subject.encoded
-    values = [int(digest(f"{config.seed}|{e.id}")[:13], 16) / 16**13 for e in encoded]
-    return Scores(
-        values=np.array([values], dtype=np.float32),
-        queries=("mean",),
-        document_ids=encoded.ids,
-        rows=encoded.rows,
-        method=CARD.key,
-        unit=CARD.unit,
-        behaviour=inputs.behaviour.name,
-        goal=inputs.behaviour.goal,
-        coverage=inputs.coverage(gradients=False),
-    )
+    values = [int(digest(f"{config.seed}|{e.id}")[:13], 16) / 16**13 for e in inputs.subject.encoded]
+    return inputs.scored(CARD, np.array(values, dtype=np.float32), gradients=False)

@@ -2,16 +2,18 @@
 
 The cosine between the mean over tokens of the model's own last hidden states for the query (prompt with the wanted
 answer) and for the document, after the mean over documents is taken out of both (without that, all states of a language
-model point much the same way). Forward passes only. For a model without hidden states of its own (not a transformers
-model) the output of the last module before the head is taken. Documents like the answer raise a contrast and lower a
-loss: for a loss the score is minus the cosine.
+model point much the same way). ``layer`` or ``module`` take other states, ``pooling = "last"`` those of the last token.
+Forward passes only. For a model without hidden states of its own (not a transformers model) the output of the last
+module before the head is taken. Documents like the answer raise a contrast and lower a loss: for a loss the score is
+minus the cosine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
-import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from rootward.capture.inputs import MethodInputs
@@ -37,9 +39,11 @@ CARD = Card(
 
 
 class Config(MethodConfig):
-    """Which module's output is pooled, and whether the documents' mean is taken out."""
+    """Which states are pooled and how, and whether the documents' mean is taken out."""
 
-    module: str | None = None
+    module: str | None = Field(default=None, description="the module whose output is taken; default: the last states")
+    layer: int | None = Field(default=None, description="in place of module: a block of the model; -1 is the last")
+    pooling: Literal["mean", "last"] = Field(default="mean", description="over a text's tokens, or its last token")
     centre: bool = True
 
 
@@ -56,8 +60,28 @@ def default_module(model: nn.Module) -> str:
     return names[id(candidates[-1])]
 
 
-def _pooled(inputs: MethodInputs, module: str, examples: Sequence[Example], task: str) -> Tensor:
-    sink = PooledActivations(module, len(examples))
+def module_of_layer(model: nn.Module, layer: int) -> str:
+    """The block with this number: of the largest list of modules in the model, as transformers stack theirs."""
+    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise InputError("representation_cosine: layer: the model has no list of blocks; name a module: module = ...")
+    name, blocks = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    if not -len(blocks) <= layer < len(blocks):
+        raise InputError(f"representation_cosine: layer: expected one of {len(blocks)} blocks of {name}, got {layer}")
+    return f"{name}.{layer % len(blocks)}"
+
+
+def _module(inputs: MethodInputs, config: Config) -> str:
+    model = inputs.subject.model
+    if config.layer is None:
+        return config.module or default_module(model)
+    if config.module is not None:
+        raise InputError("representation_cosine: expected a module or a layer, got both")
+    return module_of_layer(model, config.layer)
+
+
+def _pooled(inputs: MethodInputs, module: str, last: bool, examples: Sequence[Example], task: str) -> Tensor:
+    sink = PooledActivations(module, len(examples), last=last)
     run_pass(
         inputs.subject.model,
         inputs.subject.objective,
@@ -77,24 +101,14 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     if inputs.behaviour.kind == "scalar":
         raise InputError("representation_cosine: a scalar behaviour has no text to embed")
     encoded = inputs.subject.encoded
-    module = config.module or default_module(inputs.subject.model)
-    documents = _pooled(inputs, module, encoded, "embeddings")
+    module, last = _module(inputs, config), config.pooling == "last"
+    documents = _pooled(inputs, module, last, encoded, "embeddings")
     wanted = [query.content(True) for query in inputs.behaviour.queries]
-    queries = _pooled(inputs, module, [inputs.subject.objective.encode_one(c) for c in wanted], "query embeddings")
+    answers = [inputs.subject.objective.encode_one(content) for content in wanted]
+    queries = _pooled(inputs, module, last, answers, "query embeddings")
     if config.centre:
         middle = documents.mean(0)
         documents, queries = documents - middle, queries - middle
     unit = nn.functional.normalize
     values = inputs.likeness * (unit(queries, dim=1) @ unit(documents, dim=1).T)
-    return Scores(
-        values=values.to(torch.float32).numpy(),
-        queries=inputs.query_names,
-        document_ids=encoded.ids,
-        rows=encoded.rows,
-        method=CARD.key,
-        unit=CARD.unit,
-        behaviour=inputs.behaviour.name,
-        goal=inputs.behaviour.goal,
-        coverage=inputs.coverage(gradients=False),
-        notes=(f"states of {module}",),
-    )
+    return inputs.scored(CARD, values, gradients=False, notes=(f"states of {module}{', last token' * last}",))

@@ -20,21 +20,19 @@ Exact when: one document is one step of plain SGD with a small learning rate (th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from rootward.capture.inputs import MethodInputs
+from rootward.capture.inputs import START, MethodInputs
 from rootward.capture.projection import Projection
-from rootward.capture.run import run_pass
-from rootward.capture.sinks import LowRank, Products, lift, low_rank
+from rootward.capture.sinks import LowRank, low_rank
 from rootward.capture.store import GradientStore
-from rootward.core.errors import ArtefactError, InputError
+from rootward.core.errors import InputError
 from rootward.core.registry import Card, MethodConfig, register
 from rootward.core.scores import Scores
 from rootward.scoring.streamed import streamed_products
@@ -57,8 +55,6 @@ CARD = Card(
     },
 )
 
-START = -1
-
 
 class Config(MethodConfig):
     """Options; the defaults give the gradient dot product at the final weights."""
@@ -79,26 +75,13 @@ def _weights(inputs: MethodInputs, config: Config) -> list[tuple[int | None, flo
         return [(None, 1.0)]
     if config.checkpoints == "start":
         return [(START, 1.0)]
-    if not subject.checkpoints:
-        raise InputError(
-            "checkpoints = 'all': the subject has none; train it with checkpoints = 3 in the recipe, or use 'final'"
-        )
-    recipe = subject.recipe
-    if recipe is None:
-        return [(k, 1.0) for k in range(len(subject.checkpoints))]
-    total = recipe.steps(len(subject.encoded))
-    # the rate just before the checkpoint: at the very end a decayed schedule is at zero
-    rates = [recipe.rate(max(step - 1, 0), total) for step in recipe.checkpoint_steps(total)]
-    if len(rates) < len(subject.checkpoints):
-        raise ArtefactError(
-            f"checkpoints = 'all': with these documents the recipe makes {len(rates)} checkpoints, the subject has "
-            f"{len(subject.checkpoints)}; give the documents that it was trained on, or use 'final'"
-        )
-    # a training that was stopped has the first ones
-    found: list[tuple[int | None, float]] = list(enumerate(rates[: len(subject.checkpoints)]))
-    if subject.base is not None:
+    rates = inputs.checkpoint_rates("checkpoints = 'all'")
+    found: list[tuple[int | None, float]] = list(enumerate(rates))
+    if subject.recipe is None:
+        return found
+    if subject.has_start:
         # the first steps are taken from here, at the full rate once the warm-up is over
-        found.insert(0, (START, recipe.lr))
+        found.insert(0, (START, subject.recipe.lr))
     largest = max(rate for _, rate in found) or 1.0
     return [(k, rate / largest) for k, rate in found]
 
@@ -123,34 +106,6 @@ def _query(inputs: MethodInputs, config: Config, *, average: bool = False) -> di
         return dict(dense)
     rank = config.rank
     return {name: low_rank(g.flatten(2), rank) if g.dim() >= 3 else g for name, g in dense.items()}
-
-
-def _holding(inputs: MethodInputs, checkpoint: int | None) -> AbstractContextManager[object]:
-    if checkpoint is None:
-        return nullcontext()
-    return inputs.subject.at_start() if checkpoint == START else inputs.subject.at_checkpoint(checkpoint)
-
-
-def _pass(
-    inputs: MethodInputs,
-    queries: Mapping[str, Tensor | LowRank],
-    examples: Sequence[Any],
-    *,
-    norms: bool,
-    tokens: bool = False,
-) -> Products:
-    sink = Products(inputs.tracked.layout, queries, len(examples), norms=norms, tokens=tokens)
-    run_pass(
-        inputs.subject.model,
-        inputs.subject.objective,
-        examples,
-        [sink],
-        tracked=inputs.tracked,
-        token_budget=inputs.token_budget,
-        progress=inputs.progress,
-        task="token scores" if tokens else "documents",
-    )
-    return sink
 
 
 def _unit(dots: Tensor, norms: Tensor | None) -> Tensor:
@@ -195,8 +150,8 @@ def _tokens_from_index(inputs: MethodInputs, config: Config, positions: Sequence
     store = _store(inputs, config)
     projection = store.projection
     row = _projected_query(inputs, config, projection).mean(0, keepdim=True)
-    lifted = {name: query.to(inputs.subject.device) for name, query in lift(projection, row).items()}
-    sink = _pass(inputs, lifted, [inputs.subject.encoded[n] for n in positions], norms=False, tokens=True)
+    lifted = {name: query.to(inputs.subject.device) for name, query in projection.lift(row).items()}
+    sink = inputs.products(lifted, [inputs.subject.encoded[n] for n in positions], tokens=True)
     assert sink.by_token is not None
     values = [-sink.by_token[n][0] for n in range(len(positions))]
     if config.normalise == "none":
@@ -215,8 +170,8 @@ def token_scores(inputs: MethodInputs, config: Config, positions: Sequence[int])
     norms = config.normalise != "none"
     total: dict[int, Tensor] = {}
     for checkpoint, weight in _weights(inputs, config):
-        with _holding(inputs, checkpoint):
-            sink = _pass(inputs, _query(inputs, config, average=True), examples, norms=norms, tokens=True)
+        with inputs.holding(checkpoint):
+            sink = inputs.products(_query(inputs, config, average=True), examples, norms=norms, tokens=True)
         assert sink.by_token is not None
         for n, position in enumerate(positions):
             value = -weight * sink.by_token[n][0]
@@ -238,24 +193,12 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     else:
         total = torch.zeros(0)
         for checkpoint, weight in _weights(inputs, config):
-            with _holding(inputs, checkpoint):
-                sink = _pass(inputs, _query(inputs, config), encoded, norms=config.normalise != "none")
+            with inputs.holding(checkpoint):
+                sink = inputs.products(_query(inputs, config), encoded, norms=config.normalise != "none")
             norms = sink.squared.sqrt() if sink.squared is not None else None
             part = -weight * _unit(sink.dots, norms)
             total = part if total.numel() == 0 else total + part
     if config.queries == "auto" and config.rank is None and not inputs.queries_fit:
         notes.append(f"{inputs.queries_need}, more than half of what was free: their mean was taken")
-    mean = total.shape[0] != len(inputs.behaviour)
     units = {"none": CARD.unit, "document": "measurement per unit gradient", "both": "cosine"}
-    return Scores(
-        values=total.to(torch.float32).numpy(),
-        queries=("mean",) if mean else inputs.query_names,
-        document_ids=encoded.ids,
-        rows=encoded.rows,
-        method=CARD.key,
-        unit=units[config.normalise],
-        behaviour=inputs.behaviour.name,
-        goal=inputs.behaviour.goal,
-        coverage=inputs.coverage(gradients=True),
-        notes=tuple(notes),
-    )
+    return inputs.scored(CARD, total, unit=units[config.normalise], notes=notes)

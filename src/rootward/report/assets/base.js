@@ -1,7 +1,8 @@
 // What every part uses: the data, elements made of text nodes only, numbers, colours, and the state in the address.
 const DATA = JSON.parse(document.getElementById('data').textContent);
-const { documents: DOCS, trace: TRACE, verdict: VERDICT, run: RUN } = DATA;
-const SIGN = TRACE && TRACE.goal === 'lower' ? -1 : 1;
+const { documents: DOCS, trace: TRACE, verdict: VERDICT, comparison: COMPARISON, run: RUN } = DATA;
+const TOLD = TRACE || COMPARISON; // what knows the goal and the planted documents
+const SIGN = TOLD && TOLD.goal === 'lower' ? -1 : 1;
 const MEAN = '-1';
 
 // Training text is untrusted. It only ever becomes a text node, after this: control characters get their visible

@@ -30,7 +30,7 @@ function tagsOf(i) {
   if (planted) tags.push(el('span', { class: 'tag tag-planted' }, '◆ planted'));
   for (const [key] of FACETS) {
     const value = DOCS.meta[i][key];
-    if (value === undefined || value === null || value === '' || (planted && TRACE.planted_field.split('=')[0] === key))
+    if (value === undefined || value === null || value === '' || (planted && TOLD.planted_field.split('=')[0] === key))
       continue;
     tags.push(el('span', { class: 'tag' }, el('span', { class: 'tag-key' }, `${key} `), excerpt(String(value), 60)));
   }
@@ -173,7 +173,7 @@ function viewButtons() {
       },
       label,
     );
-  const measured = TRACE && TRACE.goal === 'lower' ? 'lower' : 'raise';
+  const measured = SIGN < 0 ? 'lower' : 'raise';
   const other = measured === 'raise' ? 'lower' : 'raise';
   return el(
     'div',
@@ -373,7 +373,9 @@ function drawDocuments() {
       'p',
       { class: 'lead' },
       verified ||
-        'Each score is an estimate of what the document does to the measurement. Nothing was retrained to test it.',
+        (COMPARISON && !TRACE
+          ? 'Each score is an estimate of what the document does to the measurement. How good the estimates of a method are is said above; no single document was tested.'
+          : 'Each score is an estimate of what the document does to the measurement. Nothing was retrained to test it.'),
     ),
     ...DATA.limits.map((limit) => el('p', { class: 'notice small' }, limit)),
     ...controls(),

@@ -96,6 +96,7 @@ function onKey(event) {
 
 state = readState();
 drawVerdict();
+drawComparison();
 drawDocuments();
 drawMethods();
 drawRecord();

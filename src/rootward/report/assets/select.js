@@ -2,7 +2,7 @@
 const COUNT = DOCS.ids.length;
 const PAGE = 25;
 const INDEX = new Map(DOCS.ids.map((id, i) => [id, i]));
-const LABELS = new Map(TRACE ? TRACE.methods.map((m) => [m.method, m]) : []);
+const LABELS = new Map(TOLD ? TOLD.methods.map((m) => [m.method, m]) : []);
 const methodLabel = (name) => (LABELS.has(name) ? LABELS.get(name).label : name);
 
 // --- scores ---
@@ -67,7 +67,7 @@ function facetsOf() {
       values.get(key).set(String(value), (values.get(key).get(String(value)) || 0) + 1);
     }),
   );
-  const planted = TRACE && TRACE.planted_field ? TRACE.planted_field.split('=')[0] : '';
+  const planted = TOLD && TOLD.planted_field ? TOLD.planted_field.split('=')[0] : '';
   const few = ([, counts]) => counts.size > 1 && counts.size <= 40 && counts.size < COUNT / 2;
   const wide = ([, counts]) => [...counts.values()].reduce((a, b) => a + b, 0) >= COUNT / 20;
   return [...values]

@@ -1,0 +1,152 @@
+"""EK-FAC influence of 16 queries on 1,000 documents beside one plain pass (B1), kronfluence and bergson.
+
+The setting is `bench_collect`'s: Llama config, hidden 256, 4 layers, intermediate 1024, vocabulary 2048; 128 tokens,
+float32, 2 threads, all attention and MLP linears. Timed is everything between documents and scores: the queries'
+gradients, the factors with the method's own defaults, preconditioning, one pass over all documents. Rounds alternate
+plain pass, ours, kronfluence, bergson, each peer in a process of its own and with its own work alone on the clock;
+ratios are taken within a round, medians over rounds. Memory is the peak of a process that did that work alone.
+Correlations are with kronfluence's EK-FAC on all documents, per query, at the same relative damping; ``label_floor``
+is the correlation of two of our fits to all documents that differ in the sampled labels alone.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench_collect import BATCH, Setting, _seconds
+from benchmarks.figures import Figure, median, single
+from benchmarks.peers.exchange import run_peer, write_task
+
+ROUNDS = 3
+DAMPING = 0.1
+
+
+class Ekfac:
+    """Our side: the pieces of ``ekfac_grosse2023`` on the benchmark's tokens."""
+
+    def __init__(self, setting: Setting | None = None) -> None:
+        self.setting = setting or Setting()
+        self.record: Any = None
+
+    def scores(self, **config: Any) -> Any:
+        """Scores ``[q, n]``, positive where training more on the document raises the query's loss."""
+        from rootward.capture.fit import Fit, FitConfig
+        from rootward.capture.run import run_pass
+        from rootward.capture.sinks import Products
+        from rootward.curvature.base import Damping
+
+        s = self.setting
+        fit = Fit(s.model, s.objective, s.documents, s.tracked, FitConfig(**config), Damping(DAMPING), s.budget)
+        fitted = fit.run()
+        self.record = fitted.record
+        sink = Products(s.tracked.layout, fitted.curvature.apply(s._query(False)), len(s.documents))
+        s._run(sink, s.documents, run_pass)
+        return -sink.dots
+
+    def ekfac(self) -> Any:
+        """With the defaults."""
+        return self.scores()
+
+
+def correlations(a: Any, b: Any) -> list[float]:
+    """Spearman per query."""
+    from scipy.stats import spearmanr
+
+    return [float(spearmanr(x, y).statistic) for x, y in zip(a, b, strict=True)]
+
+
+def peak() -> None:
+    """Do our work alone and print this process's peak resident MB."""
+    from rootward.api import peak_memory_mb
+
+    Ekfac().ekfac()
+    print(json.dumps(peak_memory_mb()))
+
+
+def write_setting(folder: Path, setting: Setting) -> None:
+    """The very same model, documents and queries for the peers."""
+    import torch
+
+    def ids(examples: Any) -> torch.Tensor:
+        return torch.stack([e.ids for e in examples])
+
+    def trained(examples: Any) -> torch.Tensor:
+        return torch.stack([e.trained for e in examples])
+
+    data = {
+        "train_ids": ids(setting.documents),
+        "query_ids": ids(setting.queries),
+        "train_trained": trained(setting.documents),
+        "query_trained": trained(setting.queries),
+    }
+    write_task(folder, setting.model, data, damping=(DAMPING,), batch=BATCH, threads=2)
+
+
+def run() -> dict[str, Figure]:
+    """Alternating rounds after a warm-up of ours; peers start cold in every round, as their users do."""
+    import numpy as np
+
+    setting = Setting()
+    ours = Ekfac(setting)
+    plain: list[float] = []
+    own: list[float] = []
+    peers: dict[str, list[float]] = {"kronfluence_ekfac": [], "bergson_ekfac": []}
+    memory: dict[str, float] = {}
+    found: dict[str, Any] = {}
+    parts: dict[str, float] = {}
+    _seconds(setting.plain)
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(ROUNDS):
+            plain.append(_seconds(setting.plain)[0])
+            taken, scores = _seconds(ours.ekfac)
+            own.append(taken)
+            found["ours"] = scores.numpy()
+            parts = {f"part_{k.replace(' ', '_')}": v / plain[-1] for k, v in ours.record.seconds.items()}
+            for name, seconds in peers.items():
+                place = Path(folder) / f"{name}-{turn}"
+                write_setting(place, setting)
+                result = run_peer(name, place)
+                seconds.append(result.seconds["total"])
+                memory[name] = result.peak_memory_mb
+                found[name] = result.scores[DAMPING]
+    everything = {"documents": len(setting.documents), "covariance_documents": len(setting.documents)}
+    floor = correlations(ours.scores(**everything, seed=0), ours.scores(**everything, seed=1))
+    peak_mb = _peak_of("benchmarks.bench_ekfac_speed")
+    with_kronfluence = correlations(found["ours"], found["kronfluence_ekfac"])
+    with_bergson = correlations(found["ours"], found["bergson_ekfac"])
+    return {
+        "total_ratio": median([a / b for a, b in zip(own, plain, strict=True)], "<= 2.2"),
+        "speedup_kronfluence": median([a / b for a, b in zip(peers["kronfluence_ekfac"], own, strict=True)], ">= 2.5"),
+        "speedup_bergson": median([a / b for a, b in zip(peers["bergson_ekfac"], own, strict=True)], ">= 2.5"),
+        "memory_ratio_kronfluence": single(peak_mb / memory["kronfluence_ekfac"], "<= 1"),
+        "rank_correlation_kronfluence": _middle(with_kronfluence, ">= 0.95"),
+        "rank_correlation_bergson": _middle(with_bergson),
+        "label_floor": _middle(floor),
+        "plain_seconds": median(plain),
+        "kronfluence_ratio": median([a / b for a, b in zip(peers["kronfluence_ekfac"], plain, strict=True)]),
+        "bergson_ratio": median([a / b for a, b in zip(peers["bergson_ekfac"], plain, strict=True)]),
+        "peak_mb": single(peak_mb),
+        "kronfluence_peak_mb": single(memory["kronfluence_ekfac"]),
+        "bergson_peak_mb": single(memory["bergson_ekfac"]),
+        "eigenvalue_documents": single(float(ours.record.documents)),
+        "covariance_documents": single(float(ours.record.covariance_documents)),
+        "agreement_estimated": single(float(np.nan if ours.record.agreement is None else ours.record.agreement)),
+        **{name: single(value) for name, value in parts.items()},
+    }
+
+
+def _middle(values: list[float], bar: str = "") -> Figure:
+    """Median over queries, with the range of all of them."""
+    return median(values, bar)
+
+
+def _peak_of(module: str) -> float:
+    import subprocess
+    import sys
+
+    code = f"from {module} import peak; peak()"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))

@@ -1,0 +1,90 @@
+"""The curvature that a method is given: fitted once for what several methods share, or read from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rootward.capture.fit import Fit, FitConfig, FitRecord, Fitted
+from rootward.capture.fitparts import Parts
+from rootward.capture.inputs import MethodInputs
+from rootward.capture.joint import fit_joint
+from rootward.capture.rescaling import Scale
+from rootward.core.hashing import digest_json
+from rootward.curvature.base import Damping
+from rootward.curvature.joint import JointCurvature
+from rootward.curvature.saved import has_curvature, load_curvature, save_curvature
+
+
+def curvature_key(inputs: MethodInputs, config: FitConfig, scales: Mapping[str, Scale] | None = None) -> dict[str, Any]:
+    """All that decides a curvature: model, documents, objective, parameters, coordinates and the fit's config."""
+    found: dict[str, Any] = {**inputs.subject.fingerprint(), "layout": inputs.tracked.layout.hash}
+    if scales is not None:
+        sides = [float(side.double().sum()) for name in inputs.tracked.layout.names for side in scales[name]]
+        found["scales"] = digest_json(sides)[:16]
+    return found | {f"fit.{name}": value for name, value in config.model_dump(mode="json").items()}
+
+
+def fitted(
+    inputs: MethodInputs,
+    config: FitConfig,
+    damping: Damping,
+    folder: Path | None = None,
+    scales: Mapping[str, Scale] | None = None,
+) -> Fitted:
+    """The curvature at the subject's present weights.
+
+    Args:
+        inputs: model, documents and batches; what was fitted before with the same inputs is used again.
+        config: how it is fitted.
+        damping: its default damping; the number of documents depends on it too.
+        folder: read it from here; where there is none, fit it and keep it here. A fit that was stopped goes on.
+        scales: rescale gradients first.
+
+    Raises:
+        ArtefactError: the folder holds a curvature of another model, other documents or settings.
+        NumericalError: a loss or covariance that is not finite.
+    """
+    key = curvature_key(inputs, config, scales)
+    identity = digest_json({**key, "damping": [damping.relative, damping.absolute, damping.scope]})
+    if identity in inputs.fits:
+        known: Fitted = inputs.fits[identity]
+        if folder is not None and not has_curvature(folder):
+            save_curvature(folder, known.curvature, key, known.record.model_dump(mode="json"))
+        return known
+    if folder is not None and has_curvature(folder):
+        curvature, record = load_curvature(folder, key)
+        found = Fitted(curvature.damped(damping), FitRecord.model_validate(record))
+    else:
+        parts = None if folder is None else Parts(folder, identity)
+        found = replace(_fit(inputs, config, scales), damping=damping, parts=parts).run()
+        if folder is not None and parts is not None:
+            save_curvature(folder, found.curvature, key, found.record.model_dump(mode="json"))
+            parts.clear()
+    inputs.fits[identity] = found
+    return found
+
+
+def joined(inputs: MethodInputs, config: FitConfig, base: Fitted, count: int) -> JointCurvature:
+    """The ``count`` largest entries of a fitted EK-FAC's eigenbasis taken jointly, at the subject's present weights."""
+    key = digest_json({**curvature_key(inputs, config), "joint": count})
+    if key not in inputs.fits:
+        inputs.fits[key] = fit_joint(_fit(inputs, config, None), base.curvature, count)
+    found: JointCurvature = inputs.fits[key]
+    return found.damped(replace(base.curvature.damping, scope="whole"))
+
+
+def _fit(inputs: MethodInputs, config: FitConfig, scales: Mapping[str, Scale] | None) -> Fit:
+    subject = inputs.subject
+    return Fit(
+        subject.model,
+        subject.objective,
+        subject.encoded,
+        inputs.tracked,
+        config,
+        token_budget=inputs.token_budget,
+        progress=inputs.progress,
+        scales=scales,
+    )

@@ -1,0 +1,329 @@
+"""Fit a curvature to a model and its documents: the passes, how many documents they need, and what came of it.
+
+EK-FAC takes two passes over a *sample*. The first sums the covariances of inputs and output gradients; their
+eigenvectors are the bases. The second sums squares of documents' gradients in those bases, the corrected
+eigenvalues, in two halves. How much the two halves would disagree about scores tells how many documents are enough
+(`agreement`), so that a model with a million documents costs no more than one with a thousand.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rootward.capture.fitparts import Parts
+from rootward.capture.moments import CovarianceSums, SecondMoments
+from rootward.capture.rescaling import Rescaled, Scale
+from rootward.capture.run import run_pass
+from rootward.capture.sinks import BaseSink
+from rootward.capture.sites import Tracked
+from rootward.core.errors import InputError
+from rootward.core.hashing import digest
+from rootward.core.progress import Progress, silent
+from rootward.core.records import Model
+from rootward.curvature.agreement import Overlap, combined, needed, of_eigenvalues, of_side, reached
+from rootward.curvature.base import DEFAULT, Damping
+from rootward.curvature.kronecker import Basis, Covariances, Eigenbases, KroneckerCurvature, flat
+from rootward.subject.encode import Example
+from rootward.subject.objectives import Objective
+from rootward.subject.predictions import Labels, Predictions
+
+FEW_OUTPUTS = 32
+"""Up to this many outputs every label is taken with its probability instead of sampled ones."""
+INPUTS, OUTPUTS = 128, 16
+"""Tokens of the covariances' samples over the widest side: the inputs' count for more and cost less."""
+FIRST = 64
+"""Documents after which the halves are compared for the first time."""
+
+
+class FitConfig(Model):
+    """How a curvature is fitted; part of its key. Unknown keys are errors."""
+
+    kind: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac"
+    labels: Literal["auto", "data", "sampled", "exact"] = Field(
+        default="auto",
+        description="auto: exact for one target and few outputs, else sampled from the model; data: empirical",
+    )
+    draws: int = Field(default=1, ge=1, description="labels sampled per forward pass")
+    covariance_documents: int | None = Field(
+        default=None,
+        ge=1,
+        description="documents for the covariances; by default 128 tokens per entry of the widest side for "
+        "inputs, which need no backward pass, and 16 for output gradients",
+    )
+    documents: int | None = Field(
+        default=None, ge=1, description="documents for the eigenvalues; by default as many as `agreement` needs"
+    )
+    agreement: float = Field(
+        default=0.98,
+        gt=0,
+        lt=1,
+        description="wanted correlation of scores with those of eigenvalues without sampling error",
+    )
+    seed: int = Field(default=0, ge=0)
+
+
+class FitRecord(Model):
+    """What a fit used, and how far its sampling can be felt: correlations of scores (see `curvature.agreement`).
+
+    ``half_agreement`` is that of eigenvalues from two halves, ``input_agreement`` what the inputs' covariances allow,
+    ``agreement`` that of everything together with an endless sample's; None where nothing was estimated.
+    """
+
+    kind: str
+    labels: str
+    draws: int
+    total_documents: int
+    covariance_documents: int = 0
+    covariance_tokens: int = 0
+    documents: int = 0
+    agreement: float | None = None
+    half_agreement: float | None = None
+    input_agreement: float | None = None
+    dead: tuple[str, ...] = ()
+    jittered: tuple[str, ...] = ()
+    seconds: dict[str, float] = Field(default_factory=dict[str, float])
+
+    @property
+    def note(self) -> str:
+        """For people."""
+        parts = [f"{self.kind} from {self.documents:,} of {self.total_documents:,} documents"]
+        if self.covariance_documents:
+            parts.append(f"covariances from {self.covariance_documents:,} ({self.covariance_tokens:,} tokens)")
+        parts.append({"data": "the data's labels", "exact": "every label by its probability"}.get(self.labels, ""))
+        if self.labels == "sampled":
+            parts[-1] = f"labels sampled from the model ({self.draws} a document)"
+        if self.agreement is not None:
+            parts.append(
+                f"scores should correlate at {self.agreement:.3f} with those of an endless sample (eigenvalues of two "
+                f"halves: {self.half_agreement:.3f})"
+            )
+        if self.dead:
+            parts.append(f"no curvature in {len(self.dead)} parameters, first {self.dead[0]}")
+        if self.jittered:
+            parts.append(f"eigendecomposition only with a jitter: {', '.join(self.jittered)}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A curvature and how it was fitted."""
+
+    curvature: KroneckerCurvature
+    record: FitRecord
+
+
+@dataclass(frozen=True)
+class Fit:
+    """All that a fit reads. ``examples`` are sampled from; nothing is kept between calls but ``parts`` on disk.
+
+    With ``scales`` the curvature is that of rescaled gradients (`capture.rescaling`).
+    """
+
+    model: nn.Module
+    objective: Objective
+    examples: Sequence[Example]
+    tracked: Tracked
+    config: FitConfig
+    damping: Damping = DEFAULT
+    token_budget: int | None = None
+    progress: Progress = silent
+    parts: Parts | None = None
+    scales: Mapping[str, Scale] | None = None
+
+    def run(self) -> Fitted:
+        """Fit.
+
+        Raises:
+            InputError: no documents, or labels = "exact" for documents with several targets.
+            NumericalError: a loss, a covariance or an eigendecomposition that is not finite; the message names it.
+        """
+        if not len(self.examples):
+            raise InputError("curvature: expected at least one document, got none")
+        if self.config.kind == "identity":
+            record = FitRecord(kind="identity", labels="data", draws=1, total_documents=len(self.examples))
+            return Fitted(KroneckerCurvature.identity(self.tracked.layout), record)
+        labels = self.labels()
+        record = FitRecord(
+            kind=self.config.kind, labels=labels.kind, draws=labels.draws, total_documents=len(self.examples)
+        )
+        return self._diagonal(labels, record) if self.config.kind == "diagonal" else self._kronecker(labels, record)
+
+    def labels(self) -> Labels:
+        """The labels that "auto" stands for here."""
+        kind = self.config.labels
+        if kind == "auto":
+            predictions = self._predictions()
+            one = len(predictions.documents) == 1 and all(e.targets == 1 for e in self.examples)
+            kind = "exact" if one and predictions.outputs.shape[1] <= FEW_OUTPUTS else "sampled"
+        return Labels(kind, self.config.draws if kind == "sampled" else 1, self.config.seed)
+
+    def _predictions(self) -> Predictions:
+        """Of the shortest document."""
+        few = min(self.examples, key=lambda e: e.length)
+        device = next(self.model.parameters()).device
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return self.objective.predictions(self.model, self.objective.collate([few], device))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _order(self) -> list[int]:
+        """The documents in the order in which they are sampled: by a hash of seed and id, wherever they stand."""
+        keys = [digest(f"{self.config.seed}|{example.id}") for example in self.examples]
+        return sorted(range(len(keys)), key=keys.__getitem__)
+
+    def _covariance_sample(self, order: list[int], per_width: int) -> list[int]:
+        """The first documents of the order: as many as asked for, or as hold the tokens needed."""
+        if self.config.covariance_documents is not None:
+            return order[: self.config.covariance_documents]
+        layout = self.tracked.layout
+        # a table's side of one-hot inputs has no basis to be found
+        widest = max(
+            flat(layout, name)[1] if self._is_table(name) else max(flat(layout, name)) for name in layout.names
+        )
+        wanted, tokens = per_width * widest, 0
+        for count, n in enumerate(order, 1):
+            tokens += self.examples[n].length
+            if tokens >= wanted and count >= min(FIRST, len(order)):
+                return order[:count]
+        return order
+
+    def _is_table(self, name: str) -> bool:
+        modules = [site.module for site in self.tracked.sites if name in site.params.values()]
+        return all(isinstance(module, nn.Embedding) for module in modules)
+
+    def sample(self, documents: int | None) -> list[int]:
+        """The first ``documents`` of the order in which they are sampled; all by default."""
+        return self._order()[:documents]
+
+    def labels_per_document(self, labels: Labels) -> int:
+        """Gradients that a document has with these labels: draws, or as many as there are outputs."""
+        if labels.kind != "exact":
+            return labels.draws
+        return self._predictions().outputs.shape[1]
+
+    def feed(self, rows: Sequence[int], sink: BaseSink, labels: Labels, task: str) -> None:
+        """A pass over these documents with these labels, in the fit's coordinates."""
+        run_pass(
+            self.model,
+            self.objective,
+            [self.examples[n] for n in rows],
+            [sink if self.scales is None else Rescaled(sink, self.scales)],
+            tracked=self.tracked,
+            token_budget=self.token_budget,
+            progress=self.progress,
+            task=task,
+            labels=labels,
+        )
+
+    def _kronecker(self, labels: Labels, record: FitRecord) -> Fitted:
+        order, seconds, began = self._order(), dict[str, float](), time.perf_counter()
+        sample, few = self._covariance_sample(order, INPUTS), self._covariance_sample(order, OUTPUTS)
+        halves = [self._covariances(half, k, Labels()) for k, half in enumerate((sample[::2], sample[1::2])) if half]
+        sums = CovarianceSums(self.tracked.layout)
+        for part in (*halves, self._covariances(few, None, labels)):
+            sums.merge(part)
+        seconds["covariances"] = time.perf_counter() - began
+        began = time.perf_counter()
+        dtype = next(self.model.parameters()).dtype
+        bases = Eigenbases.of(sums.result(), torch.float64 if dtype == torch.float64 else torch.float32)
+        seconds["eigenvectors"] = time.perf_counter() - began
+        began = time.perf_counter()
+        inputs = self._input_agreement(bases, halves) if len(halves) == 2 else None
+        seconds["error estimate"] = time.perf_counter() - began
+        tokens = max((sums.tokens[key] for key in sums.tokens), default=0)
+        record = record.model_copy(
+            update={
+                "covariance_documents": len(sample),
+                "covariance_tokens": tokens,
+                "documents": len(few),
+                "input_agreement": inputs,
+                "jittered": bases.jittered,
+                "seconds": seconds,
+            }
+        )
+        if self.config.kind == "kfac":
+            curvature = bases.kfac(self.damping)
+            return Fitted(curvature, record.model_copy(update={"dead": curvature.dead}))
+        each = {name: bases.basis(name) for name in self.tracked.layout.names}
+        eigenvalues, record = self._moments(each, labels, order, record)
+        curvature = bases.corrected(eigenvalues, self.damping)
+        return Fitted(curvature, record.model_copy(update={"dead": curvature.dead}))
+
+    def _covariances(self, rows: list[int], half: int | None, labels: Labels) -> CovarianceSums:
+        """Sums of one half of the inputs' sample, or (None) of the output gradients'."""
+        sums = CovarianceSums(self.tracked.layout, "outputs" if half is None else "inputs")
+        name = sums.wanted if half is None else f"{sums.wanted}-{half}"
+        if self.parts is None or not self.parts.load_covariances(name, sums):
+            self.feed(rows, sums, labels, f"covariances of {sums.wanted}")
+            if self.parts is not None:
+                self.parts.save_covariances(name, sums)
+        return sums
+
+    def _input_agreement(self, bases: Eigenbases, halves: list[CovarianceSums]) -> float:
+        """Correlation with an endless sample's scores that the inputs' covariances allow; one block of each shape."""
+        first, second = (half.result() for half in halves)
+        covariances, kfac = bases.covariances, bases.kfac(self.damping)
+        total, seen = Overlap(), set[tuple[int, ...]]()
+        for name in self.tracked.layout.names:
+            shape = self.tracked.layout.shape(name)
+            sides = [(key, other) for key, other in self._sides(name, covariances) if key in halves[0].sums]
+            if shape in seen or not sides or sides[0][0] not in halves[1].sums:
+                continue
+            key, other = sides[0]
+            a, b = first.sides[key].moment, second.sides[key].moment
+            if a.dim() == 2 and other is not None:
+                seen.add(shape)
+                scaled = bases.values[other].to(a) * covariances.tokens[name]
+                total += of_side(a, b, scaled, kfac.lam(name))
+        return reached(total.correlation)
+
+    @staticmethod
+    def _sides(name: str, covariances: Covariances) -> list[tuple[str, str | None]]:
+        left, right = covariances.left[name], covariances.right[name]
+        return [(key, other) for key, other in ((left, right), (right, left)) if key is not None]
+
+    def _diagonal(self, labels: Labels, record: FitRecord) -> Fitted:
+        layout = self.tracked.layout
+        moments, record = self._moments({name: (None, None) for name in layout.names}, labels, self._order(), record)
+        shaped = {name: value.reshape(layout.shape(name)) for name, value in moments.items()}
+        curvature = KroneckerCurvature.diagonal(layout, shaped, self.damping)
+        return Fitted(curvature, record.model_copy(update={"dead": curvature.dead}))
+
+    def _moments(
+        self, bases: Mapping[str, Basis], labels: Labels, order: list[int], record: FitRecord
+    ) -> tuple[dict[str, Tensor], FitRecord]:
+        """Second moments in the bases, from as many documents as it takes."""
+        began = time.perf_counter()
+        total = SecondMoments(self.tracked.layout, bases, groups=2)
+        wanted = self.config.documents
+        end = min(len(order), wanted if wanted is not None else FIRST)
+        done, half = 0, None
+        while done < end:
+            part = SecondMoments(self.tracked.layout, bases, groups=2)
+            if self.parts is None or not self.parts.load_moments(part, done, end):
+                self.feed(order[done:end], part, labels, "eigenvalues")
+                if self.parts is not None:
+                    self.parts.save_moments(part, done, end)
+            total.merge(part)
+            done = end
+            half = of_eigenvalues(self.tracked.layout, total.group(0), total.group(1), self.damping)
+            if wanted is None:
+                end = min(len(order), max(done, needed(half, done, self.config.agreement)))
+        sure = None if half is None or done < 4 else reached(half)
+        if sure is not None and record.input_agreement is not None:
+            sure = combined(sure, record.input_agreement)
+        seconds = {**record.seconds, "eigenvalues": time.perf_counter() - began}
+        return total.result(), record.model_copy(
+            update={"documents": done, "half_agreement": half, "agreement": sure, "seconds": seconds}
+        )

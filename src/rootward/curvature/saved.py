@@ -1,0 +1,109 @@
+"""A Kronecker curvature on disk: one safetensors file and a JSON with what it was fitted to.
+
+curvature.json          key fields (model, documents, config, ...), record of the fit, which side each block uses
+curvature.safetensors   ``vectors.<k>`` (sides that several blocks share are written once), ``eigenvalues.<name>``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save  # type: ignore[reportUnknownVariableType]
+from torch import Tensor
+
+from rootward.core.errors import ArtefactError, StorageError
+from rootward.core.hashing import difference
+from rootward.core.layout import ParamLayout
+from rootward.core.records import whole_or_absent, write_text
+from rootward.curvature.base import Damping
+from rootward.curvature.kronecker import KroneckerBlock, KroneckerCurvature
+
+SCHEMA = 1
+
+
+def save_curvature(
+    folder: Path, curvature: KroneckerCurvature, key: Mapping[str, Any], record: Mapping[str, Any]
+) -> None:
+    """Write a curvature so that it is either whole or not there; the JSON comes last."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[int, str] = {}
+    blocks: dict[str, Any] = {}
+
+    def side(vectors: Tensor | None) -> str | None:
+        if vectors is None:
+            return None
+        if id(vectors) not in numbers:
+            numbers[id(vectors)] = f"vectors.{len(numbers)}"
+            tensors[numbers[id(vectors)]] = vectors.cpu().contiguous()
+        return numbers[id(vectors)]
+
+    for name in curvature.layout.names:
+        block = curvature.blocks[name]
+        blocks[name] = [side(block.basis[0]), side(block.basis[1])]
+        tensors[f"eigenvalues.{name}"] = block.eigenvalues.cpu().contiguous()
+    meta = {
+        "schema_version": SCHEMA,
+        "key": dict(key),
+        "kind": curvature.kind,
+        "layout": [[n, list(curvature.layout.shape(n))] for n in curvature.layout.names],
+        "damping": [curvature.damping.relative, curvature.damping.absolute, curvature.damping.scope],
+        "blocks": blocks,
+        "record": dict(record),
+    }
+    path = folder / "curvature.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "curvature.json").unlink(missing_ok=True)  # an older one must not stand beside new tensors
+        with whole_or_absent(path) as temporary:
+            temporary.write_bytes(save(tensors))
+    except OSError as error:
+        raise StorageError(
+            f"could not write {path}: {error.strerror or error}; free space and run the same command again"
+        ) from error
+    write_text(folder / "curvature.json", json.dumps(meta, indent=1))
+
+
+def has_curvature(folder: Path) -> bool:
+    """Whether a whole one lies there."""
+    return (folder / "curvature.json").is_file()
+
+
+def load_curvature(folder: Path, key: Mapping[str, Any] | None = None) -> tuple[KroneckerCurvature, dict[str, Any]]:
+    """The curvature in a folder, and the record of its fit.
+
+    Args:
+        folder: where `save_curvature` wrote it.
+        key: what it must have been fitted to; None takes any.
+
+    Raises:
+        ArtefactError: there is none, it is damaged, or it is of another model, other documents or other settings; the
+            message shows the difference.
+    """
+    place = folder / "curvature.json"
+    try:
+        meta: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        if meta["schema_version"] != SCHEMA:
+            raise ArtefactError(f"{place}: expected version {SCHEMA}, got {meta['schema_version']}; fit it again")
+        if key is not None and meta["key"] != dict(key):
+            raise ArtefactError(
+                f"{folder}: holds a curvature of another model, other documents or other settings (there -> asked for):"
+                f"\n{difference(meta['key'], key)}\ngive another folder, or remove this one to fit it anew"
+            )
+        tensors: dict[str, Tensor] = load_file(folder / "curvature.safetensors")
+        layout = ParamLayout(tuple(n for n, _ in meta["layout"]), tuple(tuple(s) for _, s in meta["layout"]))
+        blocks = {
+            name: KroneckerBlock(
+                (tensors[left] if left else None, tensors[right] if right else None), tensors[f"eigenvalues.{name}"]
+            )
+            for name, (left, right) in meta["blocks"].items()
+        }
+        relative, absolute, scope = meta["damping"]
+        return KroneckerCurvature(layout, meta["kind"], blocks, Damping(relative, absolute, scope)), meta["record"]
+    except FileNotFoundError as error:
+        raise ArtefactError(f"expected a curvature in {folder}, found none ({error.filename or error})") from error
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise ArtefactError(f"{folder}: a damaged curvature ({error}); remove the folder to fit it anew") from error

@@ -1,0 +1,133 @@
+"""DataInf: Efficiently Estimating Data Influence in LoRA-tuned LLMs and Diffusion Models.
+
+(Kwon, Wu, Wu, Zou, 2023, arXiv:2310.00902.)
+
+The curvature is the empirical Fisher matrix, one block per parameter l, and the inverse of its mean is replaced by the
+mean of its documents' inverses (their equation 5), each of which has a closed form (Sherman-Morrison):
+
+    (G_l + lam_l)^-1 x  ~  1/N sum_n (g_n g_n^T + lam_l)^-1 x
+                        =  1/lam_l [ x - 1/N sum_n <g_n, x> / (lam_l + |g_n|^2) g_n ]
+
+with g_n the document's gradient in l and ``lam_l = damping x mean_n |g_n|^2 / d_l`` (d_l entries; 0.1 in the paper).
+The score is ``- sum_l <that for the query, g_k>``. Positive = training more on the document raises the measurement.
+
+No gradient is kept: a pass takes norms and products with the queries for every parameter, a second one the weighted sum
+above, a third one its products with every document. A parameter that no document's gradient reaches counts nothing.
+
+Deviations: a document's loss is a sum over its tokens; any measurement in place of the mean validation loss.
+
+Exact when: there is one document, or all gradients are alike up to sign. The inverse's error is O(d_l^2) (theorem 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rootward.capture.inputs import MethodInputs
+from rootward.capture.run import Sink, run_pass
+from rootward.capture.sinks import BaseSink, Products, WeightedSum
+from rootward.core.block import Block, Factor
+from rootward.core.layout import ParamLayout
+from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.scores import Scores
+
+CARD = Card(
+    key="datainf_kwon2023",
+    label="DataInf",
+    question="attribution",
+    paper="DataInf: Efficiently Estimating Data Influence in LoRA-tuned LLMs and Diffusion Models",
+    reference="arXiv:2310.00902",
+    needs=("gradients",),
+    cost="3 forward+backward passes over the documents",
+    unit="measurement per unit of loss weight",
+    aliases=("datainf",),
+)
+
+
+class Config(MethodConfig):
+    """Options; the paper's damping."""
+
+    damping: float = Field(default=0.1, gt=0, description="over the mean squared gradient per entry, by parameter")
+
+
+def _alone(layout: ParamLayout, name: str) -> ParamLayout:
+    return ParamLayout((name,), (layout.shape(name),))
+
+
+class _Apart(BaseSink):
+    """Products with the queries and norms, each parameter's kept apart; they share one buffer for gradients."""
+
+    def __init__(self, layout: ParamLayout, query: Mapping[str, Tensor], documents: int) -> None:
+        super().__init__(layout)
+        self.each = {n: Products(_alone(layout, n), {n: query[n]}, documents, norms=True) for n in layout.names}
+        self._shared: Tensor | None = None
+
+    def begin(self, block: Block) -> None:
+        for sink in self.each.values():
+            sink.begin(block)
+
+    def consume(self, name: str, factors: Sequence[Factor]) -> None:
+        sink = self.each[name]
+        sink._buffer = self._shared
+        sink.consume(name, factors)
+        self._shared, sink._buffer = sink._buffer, None
+
+    def end(self) -> None:
+        for sink in self.each.values():
+            sink.end()
+
+
+def _pass(inputs: MethodInputs, sinks: Sequence[Sink], task: str) -> None:
+    run_pass(
+        inputs.subject.model,
+        inputs.subject.objective,
+        inputs.subject.encoded,
+        sinks,
+        tracked=inputs.tracked,
+        token_budget=inputs.token_budget,
+        progress=inputs.progress,
+        task=task,
+    )
+
+
+def _preconditioned(
+    inputs: MethodInputs, query: Mapping[str, Tensor], damping: float
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The mean of the inverses times every query's gradient ``[q, *shape]``, and what to say of it."""
+    layout, count = inputs.tracked.layout, len(inputs.subject.encoded)
+    first = _Apart(layout, query, count)
+    _pass(inputs, [first], "norms and products")
+    lams: dict[str, float] = {}
+    sums: dict[str, WeightedSum] = {}
+    for name, sink in first.each.items():
+        assert sink.squared is not None
+        lams[name] = damping * float(sink.squared.mean()) / layout.sizes[name]
+        if lams[name] > 0:
+            weights = (sink.dots / (lams[name] + sink.squared) / count).T
+            sums[name] = WeightedSum(_alone(layout, name), weights.to(query[name].dtype), query[name].dtype)
+    if sums:
+        _pass(inputs, list(sums.values()), "weighted sum")
+    result = {
+        name: (query[name] - sums[name].result()[name].to(query[name])) / lams[name]
+        if name in sums
+        else torch.zeros_like(query[name])
+        for name in layout.names
+    }
+    dead = [name for name in layout.names if name not in sums]
+    if not dead:
+        return result, []
+    return result, [f"no document's gradient reaches {len(dead)} parameters, first {dead[0]}: they count nothing"]
+
+
+@register(CARD, Config)
+def run(inputs: MethodInputs, config: Config) -> Scores:
+    """Scores of every usable document; a row for each query, or one for their mean where their gradients do not fit."""
+    query = inputs.query_gradients(inputs.tracked.layout, mean=not inputs.queries_fit)
+    solved, notes = _preconditioned(inputs, query, config.damping)
+    if not inputs.queries_fit:
+        notes.append(f"{inputs.queries_need}, more than half of what was free: their mean was taken")
+    return inputs.scored(CARD, -inputs.products(solved, inputs.subject.encoded).dots, notes=notes)

@@ -1,0 +1,235 @@
+"""Studying Large Language Model Generalization with Influence Functions (Grosse et al., 2023, arXiv:2308.03296).
+
+Upweighting document n by eps moves the parameters to which training converges by ``-eps (G + lam I)^-1 grad L_n``, so
+that a measurement m changes by
+
+    score[q, n] = - <grad m_q, (G + lam I)^-1 grad L_n>                         (their equations 6 and 8)
+
+with G the Gauss-Newton matrix in its EK-FAC approximation (George et al. 2018, arXiv:1806.03884): per matrix a
+Kronecker product of eigenbases, and in it the second moments of documents' gradients. Positive = training more on the
+document raises the measurement; removing it changes the measurement by about ``-score / number of documents``.
+
+The queries are preconditioned, not the documents, and the mean of a behaviour's queries is taken before that unless a
+score for each is asked for. Factors come from a sample of the documents that is as large as it needs to be, which the
+notes state; labels are sampled from the model, or all taken with their probabilities where outputs are few.
+
+Deviations: their damping is 0.1 times the mean eigenvalue of each block, as here; their queries are low-rank by
+option (rank 32), as here; they use the linear layers of MLPs only, here what the subject's ``parameters`` say. A bias
+is a block of its own. Presets: K-FAC eigenvalues, the diagonal Fisher matrix, and ``ekfac_checkpoints``: the scores at
+every checkpoint that the training kept, each row divided by its standard deviation over documents, are averaged. At
+the end of training what a document taught has mostly been learnt and its gradient is small; before, it is not. (The
+average over models is TRAK's, Park et al. 2023, arXiv:2303.14186; over the checkpoints of one run it needs no other
+training.) ``ekfac_joint`` keeps the whole second-moment matrix of the largest entries of all eigenbases
+(`curvature.joint`), which EK-FAC takes as uncorrelated; it wants ``damping = "recipe"`` or a tuned one.
+
+Exact when: inputs and output gradients are independent, at a minimum of a quadratic (the oracle test).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeFloat, model_validator
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from rootward.capture.curvatures import fitted, joined
+from rootward.capture.fit import FitConfig
+from rootward.capture.inputs import MethodInputs
+from rootward.capture.sinks import LowRank, low_rank
+from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.scores import Scores
+from rootward.curvature.base import RELATIVE, Curvature, Damping
+
+CARD = Card(
+    key="ekfac_grosse2023",
+    label="EK-FAC influence function",
+    question="attribution",
+    paper="Studying Large Language Model Generalization with Influence Functions",
+    reference="arXiv:2308.03296",
+    needs=("gradients",),
+    cost="1 forward+backward per document without the weight gradients, and the factors from a sample of documents",
+    unit="measurement per unit of loss weight",
+    aliases=("ekfac", "influence"),
+    presets={
+        "kfac_influence": {"curvature": "kfac"},
+        "diagonal_influence": {"curvature": "diagonal"},
+        "ekfac_checkpoints": {"checkpoints": "all"},
+        "ekfac_joint": {"joint": 1000, "damping": 10.0, "damping_scope": "whole"},
+    },
+)
+
+
+class Config(MethodConfig):
+    """Options; damping as in the paper. What begins with ``fit_`` decides how the factors are made."""
+
+    curvature: Literal["ekfac", "kfac", "diagonal"] = "ekfac"
+    damping: NonNegativeFloat | Literal["recipe"] = Field(
+        default=RELATIVE,
+        description="over the mean eigenvalue of a block; recipe: what training by SGD amounts to (weight decay + 1/t)",
+    )
+    damping_scope: Literal["block", "whole"] = "block"
+    joint: int = Field(default=0, ge=0, description="so many of the largest eigenbasis entries are taken jointly")
+    queries: Literal["mean", "each"] = Field(
+        default="mean", description="one score for the mean of the queries, or a score for each"
+    )
+    checkpoints: Literal["final", "all"] = Field(
+        default="final", description="all: scores at each kept checkpoint over their spread, averaged"
+    )
+    rank: int | None = Field(default=None, ge=1, description="approximate preconditioned queries to this rank")
+    fit_labels: Literal["auto", "data", "sampled", "exact"] = Field(
+        default="auto", description="auto: all labels by probability where outputs are few, else sampled from the model"
+    )
+    fit_draws: int = Field(default=1, ge=1, description="labels sampled per document")
+    fit_documents: int | None = Field(default=None, ge=1, description="by default as many as fit_agreement needs")
+    fit_covariance_documents: int | None = Field(default=None, ge=1, description="by default by tokens per width")
+    fit_agreement: float = Field(default=0.98, gt=0, lt=1, description="with scores from an endless sample")
+    fit_seed: int = Field(default=0, ge=0)
+    folder: str | None = Field(default=None, description="keep the fitted curvature here, and read it from here")
+    sensitivity: bool = Field(default=True, description="also rank with a tenth and ten times the damping, for a note")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.joint and (self.damping_scope != "whole" or self.curvature != "ekfac"):
+            raise ValueError("joint: expected curvature = 'ekfac' and damping_scope = 'whole'")
+        return self
+
+    @property
+    def fit(self) -> FitConfig:
+        """How the curvature is fitted."""
+        return FitConfig(
+            kind=self.curvature,
+            labels=self.fit_labels,
+            draws=self.fit_draws,
+            documents=self.fit_documents,
+            covariance_documents=self.fit_covariance_documents,
+            agreement=self.fit_agreement,
+            seed=self.fit_seed,
+        )
+
+
+def _damping(inputs: MethodInputs, config: Config, factor: float = 1.0) -> Damping:
+    if config.damping == "recipe":
+        return Damping(0.0, inputs.recipe_damping() * factor, config.damping_scope)
+    return Damping(config.damping * factor, scope=config.damping_scope)
+
+
+def _fitted(inputs: MethodInputs, config: Config, checkpoint: int | None) -> tuple[Curvature, str]:
+    """The curvature at the present weights, and what to say of it."""
+    folder = None if config.folder is None else Path(config.folder)
+    if folder is not None and checkpoint is not None:
+        folder = folder / f"checkpoint-{checkpoint}"
+    found = fitted(inputs, config.fit, _damping(inputs, config), folder)
+    if not config.joint:
+        return found.curvature, found.record.note
+    joint = joined(inputs, config.fit, found, config.joint)
+    return joint, f"{found.record.note}; {len(joint.eigenvalues)} entries of the eigenbasis jointly"
+
+
+def _places(inputs: MethodInputs, config: Config) -> list[int | None]:
+    """The checkpoints to look at; None is the subject's own weights."""
+    if config.checkpoints == "final":
+        return [None]
+    return list(range(len(inputs.checkpoint_rates("checkpoints = 'all'"))))
+
+
+def _others(config: Config) -> tuple[float, ...]:
+    """Factors of the damping that the ranking is compared with."""
+    return (0.1, 10.0) if config.sensitivity and config.damping != 0 else ()
+
+
+def _queries(inputs: MethodInputs, config: Config, curvature: Curvature) -> dict[str, Tensor]:
+    """Preconditioned queries ``[q, *shape]``, then their mean with each of the other dampings."""
+    dense = inputs.query_gradients(inputs.tracked.layout, mean=config.queries == "mean")
+    found = curvature.apply(dense)
+    others = _others(config)
+    if others:
+        mean = {name: value.mean(0, keepdim=True) for name, value in dense.items()}
+        more = [curvature.apply(mean, -1.0, _damping(inputs, config, factor)) for factor in others]
+        found = {name: torch.cat([value, *(m[name] for m in more)]) for name, value in found.items()}
+    return found
+
+
+def _reduced(queries: dict[str, Tensor], rank: int | None) -> dict[str, Tensor | LowRank]:
+    if rank is None:
+        return dict(queries)
+    return {name: low_rank(g.flatten(2), rank) if g.dim() >= 3 else g for name, g in queries.items()}
+
+
+def _rank_correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    result: Any = spearmanr(a, b)
+    return float(result.statistic)
+
+
+def _sensitivity(values: Tensor, count: int, config: Config) -> list[str]:
+    """How well the ranking agrees with those of the other dampings, which stand below the ``count`` queries' rows."""
+    others = _others(config)
+    if not others or values.shape[1] < 3:
+        return []
+    mean = values[:count].mean(0).numpy()
+    agreed: list[str] = []
+    for factor, row in zip(others, values[count:], strict=True):
+        if np.ptp(mean) > 0 and np.ptp(row.numpy()) > 0:
+            agreed.append(f"{_rank_correlation(mean, row.numpy()):.3f} with {factor:g} times it")
+    said = "of the recipe" if config.damping == "recipe" else f"{config.damping:.3g} of the mean eigenvalue"
+    return [f"damping {said}; the ranking agrees to {', '.join(agreed)}"] if agreed else []
+
+
+def _at(inputs: MethodInputs, config: Config, checkpoint: int | None) -> tuple[Tensor, list[str]]:
+    """Scores ``[q, n]`` at the present weights, and what to say of them."""
+    curvature, note = _fitted(inputs, config, checkpoint)
+    queries = _queries(inputs, config, curvature)
+    values = -inputs.products(_reduced(queries, config.rank), inputs.subject.encoded).dots
+    count = len(values) - len(_others(config))
+    where = "" if checkpoint is None else f"checkpoint {checkpoint}: "
+    return values[:count], [where + note, *(where + n for n in _sensitivity(values, count, config))]
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Standard deviation over documents ``[q, 1]``; 1 where all scores are the same."""
+    found = values.std(1, keepdim=True, correction=0)
+    return torch.where(found > 0, found, 1.0)
+
+
+def token_scores(inputs: MethodInputs, config: Config, positions: Sequence[int]) -> dict[int, np.ndarray]:
+    """Token scores of the mean over queries, for documents at these positions: they sum to the score."""
+    examples = [inputs.subject.encoded[n] for n in positions]
+    places = _places(inputs, config)
+    total: dict[int, np.ndarray] = {}
+    for checkpoint in places:
+        with inputs.holding(checkpoint):
+            curvature, _ = _fitted(inputs, config, checkpoint)
+            dense = inputs.query_gradients(inputs.tracked.layout, mean=config.queries == "mean")
+            if config.checkpoints == "all":
+                scale = 1 / (_spread(_at(inputs, config, checkpoint)[0]) * len(places))
+                dense = {n: g * scale.to(g).view(-1, *[1] * (g.dim() - 1)) for n, g in dense.items()}
+            queries = curvature.apply(dense)
+            sink = inputs.products(_reduced(queries, config.rank), examples, tokens=True)
+        assert sink.by_token is not None
+        for n, position in enumerate(positions):
+            value = -sink.by_token[n].mean(0).numpy()
+            total[position] = total[position] + value if position in total else value
+    return total
+
+
+@register(CARD, Config, tokens=token_scores)
+def run(inputs: MethodInputs, config: Config) -> Scores:
+    """Scores of every usable document; one row for the mean of the queries, or one per query."""
+    places = _places(inputs, config)
+    total: Tensor | None = None
+    notes: list[str] = []
+    for checkpoint in places:
+        with inputs.holding(checkpoint):
+            values, found = _at(inputs, config, checkpoint)
+        if config.checkpoints == "all":
+            values = values / _spread(values) / len(places)
+        total = values if total is None else total + values
+        notes += found
+    assert total is not None
+    unit = "standard deviations over documents" if config.checkpoints == "all" else CARD.unit
+    return inputs.scored(CARD, total, unit=unit, notes=notes)

@@ -1,0 +1,157 @@
+"""Understanding Black-box Predictions via Influence Functions (Koh & Liang, 2017, arXiv:1703.04730).
+
+Upweighting document n by eps moves the minimiser of the mean loss by ``-eps (H + lam)^-1 grad L_n`` to first order
+(their equation 1), hence a measurement m by
+
+    score[q, n] = - <grad m_q, (G + lam I)^-1 grad L_n>
+
+(their equation 2 for any measurement). Positive = training more on the document raises the measurement. Removing the
+document changes it by about ``-score / number of documents``. ``s = (G + lam I)^-1 grad m_q`` is solved for each
+query and multiplied with every document's gradient in one pass. Solvers:
+
+    cg      conjugate gradients on products with G; its residual is in the notes
+    lissa   the stochastic series (Agarwal et al. 2017), products with ``batch`` documents drawn anew in each step
+    dense   the whole matrix, for at most 12,000 parameters
+
+Deviations: G is the Gauss-Newton matrix by default. Theirs is the Hessian (``curvature = "hessian"``), which away from
+a minimum has negative eigenvalues, so that the optimum above does not exist; they raise the damping then, and so does
+the error here. LiSSA's scale is estimated from the largest eigenvalue where none is given. A
+document's loss is a sum over its tokens. A Hessian, or the Gauss-Newton matrix with linear outputs, may be singular:
+then the damping decides.
+
+Exact when: the model is at a minimum of a quadratic loss (ridge regression), to first order in the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from rootward.capture.dense import exact_curvature
+from rootward.capture.hvp import CurvatureProducts
+from rootward.capture.inputs import MethodInputs
+from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.scores import Scores
+from rootward.curvature.base import Damping
+from rootward.curvature.solvers import arnoldi, conjugate_gradients, lissa, mean_eigenvalue
+
+CARD = Card(
+    key="exact_influence_koh2017",
+    label="influence function (exact curvature)",
+    question="attribution",
+    paper="Understanding Black-box Predictions via Influence Functions",
+    reference="arXiv:1703.04730",
+    needs=("gradients",),
+    cost="cg: 1 + steps x (2 + queries) passes over the documents; 1 forward+backward per document for the scores",
+    unit="measurement per unit of loss weight",
+    aliases=("exact_influence", "influence_function", "if_cg"),
+)
+POWER_STEPS = 20
+"""Krylov steps that LiSSA's scale is estimated with."""
+HEADROOM = 1.5
+"""Scale over the largest eigenvalue: matrices of few documents have larger ones."""
+
+
+class Config(MethodConfig):
+    """Options."""
+
+    curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
+    solver: Literal["cg", "lissa", "dense"] = "cg"
+    damping: float = Field(default=0.01, ge=0, description="added to every eigenvalue")
+    relative: float = Field(default=0.0, ge=0, description="damping over the mean eigenvalue, added to `damping`")
+    documents: int | None = Field(default=None, ge=1, description="curvature of so many documents instead of all")
+    tolerance: float = Field(default=1e-5, gt=0, description="cg: relative residual at which a query is solved")
+    steps: int = Field(default=100, ge=1, description="cg: at most so many products")
+    scale: float | None = Field(default=None, gt=0, description="lissa: above half of the largest eigenvalue")
+    depth: int = Field(default=10_000, ge=1, description="lissa: terms of the series")
+    repeats: int = Field(default=1, ge=1, description="lissa: series averaged")
+    batch: int = Field(default=32, ge=1, description="lissa: documents drawn in each step")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.curvature == "fisher" and self.solver != "dense":
+            raise ValueError("curvature = 'fisher' is for solver = 'dense'; 'ggn' is the same matrix without sampling")
+        if self.curvature == "hessian" and self.relative and self.solver != "dense":
+            raise ValueError("relative = 0 is needed for a Hessian's products, whose mean eigenvalue may be negative")
+        return self
+
+
+def _dense(inputs: MethodInputs, config: Config, query: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    subject, tracked = inputs.subject, inputs.tracked
+    examples = _products(inputs, "ggn").subset(config.documents, config.seed).examples
+    curvature = exact_curvature(
+        subject.model,
+        subject.objective,
+        examples,
+        tracked,
+        config.curvature,
+        damping=Damping(config.relative, config.damping),
+        token_budget=inputs.token_budget,
+        progress=inputs.progress,
+    )
+    return curvature.apply(query), list(curvature.remarks())
+
+
+def _products(inputs: MethodInputs, kind: Literal["hessian", "ggn"]) -> CurvatureProducts:
+    return CurvatureProducts(
+        inputs.subject.model,
+        inputs.subject.objective,
+        inputs.subject.encoded,
+        inputs.tracked.layout,
+        kind,
+        inputs.token_budget,
+        inputs.progress,
+    )
+
+
+def _iterative(inputs: MethodInputs, config: Config, query: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    layout = inputs.tracked.layout
+    whole = _products(inputs, "hessian" if config.curvature == "hessian" else "ggn")
+    products = whole.subset(config.documents, config.seed)
+    lam, notes = config.damping, list[str]()
+    if config.relative:
+        lam += config.relative * mean_eigenvalue(layout, products, seed=config.seed, like=products.like())
+        notes.append(f"damping {lam:.4g}, with the mean eigenvalue estimated from 10 random vectors")
+    if config.solver == "cg":
+        found = conjugate_gradients(layout, products, query, lam, tolerance=config.tolerance, steps=config.steps)
+    else:
+        scale = config.scale
+        if scale is None:
+            largest = arnoldi(layout, products, POWER_STEPS, seed=config.seed, like=products.like()).values[0]
+            scale = HEADROOM * (abs(float(largest)) + lam) or 1.0
+            notes.append(f"LiSSA's scale {scale:.4g}: {HEADROOM} times the largest eigenvalue, estimated")
+        draw = products.drawing(config.batch, config.seed)
+        found = lissa(layout, products, query, lam, scale=scale, depth=config.depth, repeats=config.repeats, draw=draw)
+    residual = float(found.residual.max())
+    notes += [f"{config.solver}: {found.steps} steps, largest relative residual {residual:.2g}", *found.notes]
+    return found.values, notes
+
+
+def _solved(inputs: MethodInputs, config: Config, *, mean: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """``(G + lam I)^-1 grad m`` by parameter, for every query or their mean, and what to say of it."""
+    query = inputs.query_gradients(inputs.tracked.layout, mean=mean)
+    solve = _dense if config.solver == "dense" else _iterative
+    return solve(inputs, config, query)
+
+
+def token_scores(inputs: MethodInputs, config: Config, positions: Sequence[int]) -> dict[int, np.ndarray]:
+    """Token scores of the mean over queries, for documents at these positions: they sum to the score."""
+    solved, _ = _solved(inputs, config, mean=True)
+    found = inputs.products(solved, [inputs.subject.encoded[n] for n in positions], tokens=True).by_token
+    assert found is not None
+    return {position: -found[n][0].numpy() for n, position in enumerate(positions)}
+
+
+@register(CARD, Config, tokens=token_scores)
+def run(inputs: MethodInputs, config: Config) -> Scores:
+    """Scores of every usable document; a row for each query, or one for their mean where their gradients do not fit."""
+    solved, notes = _solved(inputs, config, mean=not inputs.queries_fit)
+    if not inputs.queries_fit:
+        notes.append(f"{inputs.queries_need}, more than half of what was free: their mean was taken")
+    dots = inputs.products(solved, inputs.subject.encoded).dots
+    return inputs.scored(CARD, -dots, notes=notes)

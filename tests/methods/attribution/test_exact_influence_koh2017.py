@@ -1,0 +1,188 @@
+"""Influence functions against leave-one-out in closed form, refits, and dense matrices."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rootward.capture.inputs import MethodInputs, tracked_of
+from rootward.core.errors import InputError, NumericalError
+from rootward.core.registry import get
+from rootward.curvature.dense import as_named, as_rows
+from rootward.curvature.solvers import mean_eigenvalue
+from rootward.methods.attribution.exact_influence_koh2017 import Config
+from tests.capture.test_hvp import naive_ggn, naive_hessian
+from tests.methods.attribution import supervised as s
+from tests.methods.contract import World, close, contrast, run
+
+POINTS = s.randn(2, 3, seed=7)
+ASKED = s.outputs(s.randn(4, 5, seed=9))
+NAME = "exact_influence"
+SOLVERS: dict[str, dict[str, Any]] = {
+    "cg": {"tolerance": 1e-12},
+    "cg on the hessian": {"tolerance": 1e-12, "curvature": "hessian"},
+    "dense": {"solver": "dense"},
+    "dense hessian": {"solver": "dense", "curvature": "hessian"},
+    "dense fisher": {"solver": "dense", "curvature": "fisher"},
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_ridge_regression_has_its_leave_one_out_in_closed_form(solver: str):
+    """Leaving row i out moves an output by exactly ``-score / n / (1 - h_i)``, with the row's leverage ``h_i``."""
+    subject, x, y = s.ridge()
+    found = run(subject, s.outputs(POINTS), NAME, damping=s.RIDGE, **SOLVERS[solver]).values.astype(np.float64)
+    inverse = torch.linalg.inv(x.T @ x / len(x) + s.RIDGE * torch.eye(3, dtype=torch.float64))
+    leverage = (x @ inverse * x).sum(1) / len(x)
+    whole = s.fit(x, y, torch.ones(len(x), dtype=torch.float64))
+    for i in range(len(x)):
+        weights = torch.ones(len(x), dtype=torch.float64)
+        weights[i] = 0
+        change = (POINTS @ (s.fit(x, y, weights) - whole)).flatten()
+        close(-found[:, i] / len(x) / (1 - float(leverage[i])), change)
+
+
+def test_the_score_is_the_derivative_of_a_refit_with_one_document_upweighted():
+    subject, x, y = s.ridge()
+    found = run(subject, s.outputs(POINTS), NAME, damping=s.RIDGE, tolerance=1e-12).values
+    for i in range(len(x)):
+        sides = []
+        for eps in (1e-5, -1e-5):
+            weights = torch.ones(len(x), dtype=torch.float64)
+            weights[i] += len(x) * eps  # the document's loss enters the mean loss with the weight 1/n + eps
+            sides.append(POINTS @ s.fit(x, y, weights))
+        close(found[:, i], ((sides[0] - sides[1]) / 2e-5).flatten(), 1e-5)
+
+
+@pytest.mark.parametrize("lam", [0.05, 5.0])
+@pytest.mark.parametrize("solver", ["cg", "dense", "dense fisher", "dense hessian"])
+def test_a_network_against_dense_matrices(solver: str, lam: float):
+    subject = s.classifier()
+    names = [n for n, _ in subject.model.named_parameters()]
+    if "hessian" in solver:
+        matrix = naive_hessian(subject.model, subject.objective, subject.encoded)
+    else:
+        matrix = naive_ggn(subject.model, subject.objective, subject.encoded, names)
+    damped = matrix + lam * torch.eye(len(matrix), dtype=torch.float64)
+    expected = -s.query_rows(subject, ASKED) @ torch.linalg.solve(damped, s.document_rows(subject).T)
+    found = run(subject, ASKED, NAME, damping=lam, **SOLVERS[solver])
+    close(found.values, expected, 1e-5)
+    indefinite = "hessian" in solver and float(torch.linalg.eigvalsh(damped).min()) < 0
+    assert any("eigenvalues below 0" in note for note in found.notes) == indefinite
+    assert indefinite == (solver == "dense hessian" and lam == 0.05)
+
+
+def test_lissa_approaches_the_dense_scores():
+    subject = s.classifier()
+    exact = run(subject, ASKED, NAME, damping=0.5, solver="dense").values
+    found = run(subject, ASKED, NAME, damping=0.5, solver="lissa", depth=200, batch=12)
+    assert np.corrcoef(found.values.flatten(), exact.flatten())[0, 1] > 0.99
+    assert any("LiSSA's scale" in note for note in found.notes)
+    with pytest.raises(NumericalError, match=r"diverged at step .* raise scale"):
+        run(subject, ASKED, NAME, damping=0.5, solver="lissa", depth=200, scale=0.2)
+
+
+def test_under_heavy_damping_it_is_the_gradient_dot_product():
+    subject = s.classifier()
+    found = run(subject, ASKED, NAME, damping=1e9).values.astype(np.float64) * 1e9
+    close(found, run(subject, ASKED, "gradient_dot").values, 1e-5)
+
+
+def test_the_damping_may_be_relative_to_the_mean_eigenvalue():
+    subject = s.classifier()
+    names = [n for n, _ in subject.model.named_parameters()]
+    matrix = naive_ggn(subject.model, subject.objective, subject.encoded, names)
+    lam = 0.01 + 0.5 * float(matrix.trace()) / len(matrix)
+    explicit = run(subject, ASKED, NAME, solver="dense", damping=lam)
+    close(run(subject, ASKED, NAME, solver="dense", damping=0.01, relative=0.5).values, explicit.values)
+    estimated = run(subject, ASKED, NAME, damping=0.01, relative=0.5)
+    (noted,) = re.findall(r"damping ([\d.]+), with the mean eigenvalue estimated", estimated.notes[0])
+    layout = tracked_of(subject).layout
+    mean = mean_eigenvalue(layout, lambda x: as_named(layout, as_rows(layout, x) @ matrix, x))
+    assert float(noted) == pytest.approx(0.01 + 0.5 * mean, rel=1e-3)
+    close(run(subject, ASKED, NAME, solver="dense", damping=float(noted)).values, estimated.values, 1e-2)
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+def test_the_curvature_may_be_that_of_some_documents(solver: str):
+    subject = s.classifier()
+    few = run(subject, ASKED, NAME, damping=0.1, solver=solver, documents=2, tolerance=1e-10).values
+    pairs = [(a, b) for a in range(6) for b in range(a)]
+    names, lam = [n for n, _ in subject.model.named_parameters()], 0.1
+    matches = []
+    for pair in pairs:
+        matrix = naive_ggn(subject.model, subject.objective, [subject.encoded[n] for n in pair], names)
+        damped = matrix + lam * torch.eye(len(matrix), dtype=torch.float64)
+        expected = -s.query_rows(subject, ASKED) @ torch.linalg.solve(damped, s.document_rows(subject).T)
+        matches.append(np.allclose(few, expected.numpy(), rtol=1e-4))
+    assert sum(matches) == 1
+
+
+def test_the_notes_say_how_far_the_solver_came():
+    subject = s.classifier()
+    found = run(subject, ASKED, NAME, damping=0.1)
+    (steps,) = re.findall(r"cg: (\d+) steps, largest relative residual [\d.e-]+", found.notes[0])
+    assert 1 < int(steps) < 30
+    short = run(subject, ASKED, NAME, damping=1e-6, steps=2)
+    assert "4 of 4 queries did not reach the tolerance" in short.notes[1]
+
+
+def test_a_hessian_that_is_not_positive_is_an_error_of_the_iterative_solvers():
+    with pytest.raises(NumericalError, match=r"positive curvature.*ggn"):
+        run(s.classifier(), ASKED, NAME, curvature="hessian", damping=1e-3)
+
+
+def test_contradictions_and_too_large_models_are_refused_before_anything_is_run():
+    class Untouched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 2500)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += len(x)
+            return self.linear(x)
+
+    subject = s.classifier()
+    with pytest.raises(InputError, match="curvature = 'fisher' is for solver = 'dense'"):
+        run(subject, ASKED, NAME, curvature="fisher")
+    with pytest.raises(InputError, match="relative = 0 is needed"):
+        run(subject, ASKED, NAME, curvature="hessian", relative=0.1)
+    with pytest.raises(InputError, match="damping: "):
+        run(subject, ASKED, NAME, damping=-1.0)
+    large = Untouched().double()
+    with pytest.raises(InputError, match="at most 12,000 parameters, got 15,000"):
+        run(s.classifier(40, large), ASKED, NAME, solver="dense")
+    assert large.calls < 40  # the measure of which parameters can be attributed, and the queries
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_fewer_documents_than_queries(rows: int):
+    subject = s.classifier(rows)
+    close(
+        run(subject, ASKED, NAME, damping=0.1, tolerance=1e-10).values,
+        run(subject, ASKED, NAME, damping=0.1, solver="dense").values,
+    )
+
+
+def test_a_document_that_is_not_finite_is_named():
+    subject, bad = s.overflowing()
+    for solver in ("cg", "lissa", "dense"):
+        with pytest.raises(NumericalError, match=f"not finite, first document {bad}"):
+            run(subject, ASKED, NAME, solver=solver)
+
+
+def test_token_scores_sum_to_the_documents_score(world: World):
+    subject, options = world.subject(), {"damping": 100.0, "tolerance": 1e-9}
+    scores = run(subject, contrast(), NAME, **options)
+    method = get(NAME)[0]
+    assert method.tokens is not None
+    tokens = method.tokens(MethodInputs(subject, contrast(), 500), Config(**options), [1, 4])
+    for n in (1, 4):
+        assert len(tokens[n]) == subject.encoded[n].length
+        close([tokens[n].sum()], scores.mean[[n]], 1e-5)

@@ -1,0 +1,274 @@
+"""Comparing methods from Python: the numbers are those of their definitions, and what is finished is not done again."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+
+import rootward
+from rootward import api
+from rootward.core.errors import ArtefactError, InputError, NumericalError
+from rootward.core.records import Comparison, RunRecord, read_model
+from rootward.core.runfolder import open_run
+from rootward.core.scores import Scores
+from rootward.subject.behaviour import Behaviour
+from rootward.subject.subject import Subject
+from rootward.verification import compare as verification
+from rootward.verification.curves import removal_curves
+from rootward.verification.lds import lds, margin
+from rootward.verification.stats import paired_interval
+from rootward.verification.subsets import draw_subsets, retrain_subsets
+from tests.verification import convex
+
+RESAMPLES = 40
+EXACT = {"exact_influence": {"solver": "dense", "damping": 1e-6}}
+CALL: dict[str, Any] = {"methods": ["exact_influence", "gradient_dot"], "options": EXACT, "workers": 0}
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "RESAMPLES", RESAMPLES)
+
+
+@pytest.fixture(scope="module")
+def line() -> Subject:
+    return convex.subject()
+
+
+@pytest.fixture(scope="module")
+def whole(line: Subject, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison, dict[str, Scores]]:
+    """A comparison; tests do not write into its folder."""
+    folder = tmp_path_factory.mktemp("runs") / "line"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "RESAMPLES", RESAMPLES)
+        found, scores = rootward.compare(line, convex.behaviour(), folder, subsets=60, **CALL)
+    return folder, found, scores
+
+
+def losses(line: Subject) -> Behaviour:
+    """The loss at eight other points."""
+    generator = np.random.default_rng(5)
+    x = generator.normal(size=(8, convex.WIDTH)).astype(np.float32)
+    return Behaviour.loss("loss", [{"x": row, "y": [float(row.sum())]} for row in x])
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------
+
+
+def test_exact_influence_is_recommended_and_a_random_order_is_not(whole: Any):
+    _, found, scores = whole
+    by_name = {one.method: one for one in found.methods}
+    assert [one.method for one in found.methods] == list(scores)
+    assert {"exact_influence", "gradient_dot", "document_length", "loss", "random"} == set(by_name)
+    assert found.recommended in ("exact_influence", "gradient_dot")  # the points are isotropic: both are close
+    exact = by_name["exact_influence"]
+    assert exact.lds.value > 0.95 and exact.lds.low > exact.null.high and exact.beats_random
+    assert by_name["random"].beats_random is None
+    assert by_name["document_length"].beats_random is False
+    assert by_name["document_length"].lds.value == 0  # all are as long, so they rank nothing
+    assert by_name["document_length"].unranked == convex.QUERIES
+    assert all(a.lds.value >= b.lds.value for a, b in pairwise(found.methods))
+    assert (found.few, found.subsets, found.tuning_subsets, found.subset_documents) == (False, 60, 0, convex.N // 2)
+    assert found.summary.startswith(f"Take {found.recommended}: LDS ")
+
+
+def test_each_lds_and_margin_is_that_of_its_definition(whole: Any, line: Subject):
+    folder, found, scores = whole
+    subsets = draw_subsets(line, 60)
+    truth = retrain_subsets(line, subsets, convex.behaviour(), cache=folder / "retrain", workers=0)
+    alone = {one.method: lds(scores[one.method], truth, resamples=RESAMPLES) for one in found.methods}
+    best = alone[found.recommended]
+    for one in found.methods:
+        assert one.lds == alone[one.method].score
+        assert one.null == alone[one.method].null
+        expected = None if one.method == found.recommended else margin(best, alone[one.method])
+        assert one.behind_best == expected
+        again = rootward.attribute(line, convex.behaviour(), one.method, options=EXACT.get(one.method))
+        assert again.values.tobytes() == scores[one.method].values.tobytes()
+
+
+def test_agreement_is_the_mean_rank_correlation_over_queries(whole: Any):
+    _, found, scores = whole
+    for i, a in enumerate(found.methods):
+        for j, b in enumerate(found.methods):
+            x, y = scores[a.method].values, scores[b.method].values
+            naive = [
+                0.0 if np.ptp(x[q % len(x)]) == 0 or np.ptp(y[q % len(y)]) == 0
+                else stats.spearmanr(x[q % len(x)], y[q % len(y)]).statistic
+                for q in range(convex.QUERIES)
+            ]  # fmt: skip
+            assert found.agreement[i][j] == pytest.approx(np.mean(naive), abs=1e-9)
+
+
+def test_costs_are_there_for_all(whole: Any):
+    _, found, _ = whole
+    assert found.plain_pass_seconds > 0 and found.retraining_seconds > 0
+    assert all(one.cost.ratio > 0 and one.cost.peak_memory_mb > 10 for one in found.methods)
+
+
+# --- choosing on one part, reporting on the other -----------------------------------------------------------------
+
+
+def test_tuning_and_removal_choose_on_other_queries_than_are_reported(line: Subject, tmp_path: Path):
+    asked = losses(line)
+    call: dict[str, Any] = {"methods": ["exact_influence"], "options": {"exact_influence": {"solver": "dense"}}}
+    found, scores = rootward.compare(
+        line, asked, tmp_path / "r", subsets=12, allow_few=True, tune=True, removal=4, seeds=(0, 1), workers=0, **call
+    )
+    one = next(m for m in found.methods if m.method == "exact_influence")
+    assert (found.queries, found.tuning_queries, found.subsets, found.tuning_subsets) == (4, 4, 12, 6)
+    assert [point.damping for point in one.curve] == sorted({1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0})
+    best = max(one.curve, key=lambda point: point.tuning.value)
+    assert (one.damping, one.lds) == (best.damping, best.reported)
+    assert found.ceiling is not None
+    # the parts, by hand
+    first, second = asked.split(0)
+    chosen = [n for n, q in enumerate(asked.queries) if q.name in {query.name for query in first.queries}]
+    rest = [n for n in range(8) if n not in chosen]
+    cache = tmp_path / "r" / "retrain"
+    truth = retrain_subsets(line, draw_subsets(line, 18), asked, seeds=(0, 1), cache=cache, workers=0)
+    there = truth.select(queries=rest, subsets=range(12))
+    assert lds(scores["exact_influence"], there, allow_few=True, resamples=RESAMPLES).score == one.lds
+    part = Scores(
+        scores["exact_influence"].values[chosen], tuple(asked.queries[n].name for n in chosen),
+        scores["exact_influence"].document_ids, "x", "1", goal="lower",
+    )  # fmt: skip
+    curves = removal_curves(line, part, second, counts=(4,), bottom=False, seeds=(0, 1), cache=cache, workers=0)
+    assert one.removal == curves.of("x").points[0].effect
+    control = curves.of("random control", "random").points[0]
+    assert found.removed_at_random == control.effect
+    assert one.beyond_random == paired_interval(control.values, curves.of("x").points[0].values)
+    assert any("Too few training seeds for the removal: very wide" in note for note in found.notes)
+
+
+def test_a_damping_that_was_given_is_not_tuned(line: Subject):
+    plan = api.comparison_plan(line, losses(line), ["exact_influence"], options=EXACT, tune=True)
+    assert [len(entry.settings) for entry in plan.entries] == [1] * len(plan.entries)
+    assert (plan.choosing, len(plan.subsets.masks)) == ((), 64)
+    tuned = api.comparison_plan(line, losses(line), ["exact_influence", "ekfac"], tune=True)
+    assert len(tuned.subsets.masks) == 96
+    assert np.array_equal(tuned.subsets.masks[:64], plan.subsets.masks)  # the same trainings, whatever is tuned
+    settings = next(entry.settings for entry in tuned.entries if entry.name == "ekfac")
+    assert all(options["queries"] == "each" for options in settings.values())
+
+
+def test_a_method_by_default_that_cannot_be_had_is_noted_and_one_asked_for_is_an_error(
+    line: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original = api.attribute
+
+    def broken(subject: Any, behaviour: Any, name: str, **options: Any) -> Scores:
+        if name == "loss":
+            raise InputError("no loss today")
+        if name == "exact_influence" and options["options"]["damping"] < 1e-2:
+            raise NumericalError("singular")
+        return original(subject, behaviour, name, **options)
+
+    monkeypatch.setattr(api, "attribute", broken)
+    call: dict[str, Any] = {"subsets": 4, "allow_few": True, "workers": 0}
+    dense = {"exact_influence": {"solver": "dense"}}
+    found, _ = rootward.compare(
+        line, losses(line), tmp_path / "a", methods=["exact_influence"], options=dense, tune=True, **call
+    )
+    assert "loss" not in [one.method for one in found.methods]
+    assert "loss is missing: no loss today" in found.notes
+    assert "exact_influence with damping 0.001 is missing: singular" in found.notes
+    curve = next(one.curve for one in found.methods if one.method == "exact_influence")
+    assert [point.damping for point in curve] == [0.01, 0.1, 1.0, 10.0]
+    with pytest.raises(InputError, match="no loss today"):
+        rootward.compare(line, losses(line), tmp_path / "b", methods=["loss"], **call)
+    assert read_model(RunRecord, tmp_path / "b" / "record.json").status == "failed"
+    assert not (tmp_path / "b" / "retrain").exists()  # scores come first: they are cheap
+
+
+# --- the folder -------------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder_is_whole_and_its_page_shows_the_section(whole: Any, tmp_path: Path):
+    folder, found, scores = whole
+    assert read_model(Comparison, folder / "compare.json") == found
+    record = read_model(RunRecord, folder / "record.json")
+    assert (record.kind, record.status) == ("compare", "done")
+    assert {"plain_pass", "retraining", *scores} <= set(record.timings)
+    table = pq.read_table(folder / "scores.parquet").to_pylist()
+    means = {row["id"]: row["score"] for row in table if row["method"] == "gradient_dot" and row["query"] == -1}
+    expected = dict(zip(scores["gradient_dot"].document_ids, scores["gradient_dot"].mean.tolist(), strict=True))
+    assert means == pytest.approx(expected)
+    text = rootward.report(folder, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"Take {found.recommended}: LDS" in text
+
+
+def test_the_same_call_again_and_one_with_more_do_only_what_is_new(
+    whole: Any, line: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, found = shutil.copytree(whole[0], tmp_path / "line"), whole[1]
+    files = {path: path.stat().st_mtime_ns for path in (*folder.glob("scored/*"), *folder.glob("retrain/jobs/*"))}
+    assert len(files) == 5 + 60
+    asked: list[str] = []
+    original = api.attribute
+    monkeypatch.setattr(api, "attribute", lambda s, b, name, **more: asked.append(name) or original(s, b, name, **more))
+    again, _ = rootward.compare(line, convex.behaviour(), folder, subsets=60, **CALL)
+    assert asked == []
+    assert again.methods == found.methods
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in files.items())
+    with pytest.raises(ArtefactError, match="holds another run"):
+        rootward.compare(line, convex.behaviour(), folder, subsets=61, **CALL)
+    more = {**CALL, "methods": [*CALL["methods"], "gradient_cosine"]}
+    with open_run(folder, "compare", {"more": 1}, {}, overwrite=True) as run:
+        wider, _ = rootward.compare(line, convex.behaviour(), run, subsets=62, **more)
+    assert asked == ["gradient_cosine"]
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in files.items())
+    assert len(list(folder.glob("retrain/jobs/*"))) == 62
+    assert wider.subsets == 62
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"subsets": 59}, "at least 60, got 59.*--allow-few"),
+        ({"subsets": 2, "allow_few": True}, "at least 3, got 2"),
+        ({"methods": ["nonsense"], "options": {}}, "got 'nonsense'"),
+        ({"options": {"gradient_dot": {"k": 1}}}, "k: .*options: "),
+        ({"options": {"ekfac": {"damping": 1}}}, "ekfac not among the methods compared"),
+        ({"seeds": (0, 0)}, "none twice"),
+        ({"seeds": ()}, "at least one"),
+        ({"removal": "100%"}, "removal: expected 1 to 39 documents"),
+        ({"removal": 3}, "cannot be divided"),
+        ({"planted": ("kind", "bad")}, "planted: expected some .*found 0 of 40"),
+        ({"tune": True, "options": {}}, "cannot be divided"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_pass_and_leaves_no_folder(
+    line: Subject, tmp_path: Path, changes: dict[str, Any], message: str
+):
+    def never(task: str, done: int, total: int) -> None:
+        pytest.fail("a pass was run")
+
+    with pytest.raises(InputError, match=message):
+        rootward.compare(line, convex.behaviour(), tmp_path / "r", **{**CALL, "progress": never, **changes})
+    assert not (tmp_path / "r").exists()
+
+
+def test_too_few_documents_or_queries_to_divide_and_no_way_to_retrain_are_refused(line: Subject, tmp_path: Path):
+    generator = np.random.default_rng(0)
+    items = [{"x": generator.normal(size=3).astype(np.float32), "y": [0.0]} for _ in range(4)]
+    small = Subject(convex.start(), items, line.objective, recipe=convex.RECIPE, start=convex.start)
+    with pytest.raises(InputError, match="2 to 6 subsets of 2 of 4 documents, got 64"):
+        rootward.compare(small, convex.behaviour(), tmp_path / "r", methods=["gradient_dot"])
+    one = Behaviour.loss("one", items[:1])
+    with pytest.raises(InputError, match="1 queries cannot be split"):
+        rootward.compare(line, one, tmp_path / "r", methods=["ekfac"], tune=True)
+    twins = Behaviour.loss("twins", [{"x": [1.0, 2, 3], "y": [1.0], "name": "a"}] * 2)
+    with pytest.raises(InputError, match="different names"):
+        rootward.compare(line, twins, tmp_path / "r", methods=["ekfac"], tune=True)
+    stranger = Subject(convex.start(), items, line.objective)
+    with pytest.raises(InputError, match="no recipe and start are known.*rootward train"):
+        rootward.compare(stranger, convex.behaviour(), tmp_path / "r", methods=["gradient_dot"])
+    assert not (tmp_path / "r").exists()

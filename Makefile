@@ -3,7 +3,7 @@
 # make check   formatting, lint, types
 # make bench   the benchmarks (ARGS="..." is passed on)
 # make bench-peers   build .venv-peers: other libraries, for benchmarks/peers
-# make venv    only build .venv;   make clean: remove caches;   make distclean: remove .venv too
+# make venv    only build .venv;   make clean: remove caches;   make distclean: remove .venv and .venv-peers too
 #
 # PYTHON=...           the interpreter to build .venv with (3.11 or newer)
 # TORCH_INDEX_URL=...  the package index to take torch, and torch alone, from
@@ -33,10 +33,12 @@ check: $(STAMP)
 	$(PY) -m pyright
 
 # ARGS="collect --json" runs one of them; without ARGS all, and the exit code is 3 if a bar of any does not hold.
+# Where .venv-peers is not built, the peers' figures are left out.
+BENCHMARKS := startup collect convex ekfac_speed ekfac_scaling digits_lds lm_lds real_text demo
 bench: $(STAMP)
 	@export HF_HUB_OFFLINE=1; \
 	if [ -n "$(ARGS)" ]; then $(PY) benchmarks/run.py $(ARGS); exit $$?; fi; \
-	code=0; for name in startup collect real_text demo; do $(PY) benchmarks/run.py $$name || code=$$?; done; exit $$code
+	code=0; for name in $(BENCHMARKS); do $(PY) benchmarks/run.py $$name || code=$$?; done; exit $$code
 
 # torch first, as for .venv, so that no peer brings another one; torchvision and torchaudio, which peers ask for and do
 # not use, would break transformers beside a CPU build of torch. LogIX declares Python < 3.11 and runs on newer ones.
@@ -97,7 +99,7 @@ $(STAMP):
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(PEERS) \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

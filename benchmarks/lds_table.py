@@ -11,7 +11,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,32 +78,43 @@ class Row:
     curve: tuple[tuple[str, Interval, Interval], ...]
     notes: tuple[str, ...]
 
+    @property
+    def peer(self) -> bool:
+        """Whether it is another library's."""
+        return isinstance(self.entry, Peer)
+
     def document(self) -> dict[str, Any]:
         """As it is written."""
-        entry, ours = self.entry, isinstance(self.entry, Ours)
-        options = dict(entry.options) | ({entry.tuned: self.chosen} if entry.values else {})
+        entry = self.entry
+        peer = isinstance(entry, Peer)
+        tuned = entry.tuned if self.curve else None
+        notes = [*self.notes, *([f"{tuned} at the end of its range"] if self.at_edge else [])]
+        if tuned is not None and tuned != "damping":
+            notes.append(f"{tuned}: " + ", ".join(f"{setting} {there.value:.3f}" for setting, _, there in self.curve))
         return {
-            "peer": None if ours else entry.adapter,
-            "method": entry.method if isinstance(entry, Ours) else entry.variant,
-            "options": options,
-            "tuned": entry.tuned if entry.values else None,
-            "at_edge": self.at_edge,
             "lds": _interval(self.report.score),
-            "null": _interval(self.report.null),
-            "lds_on_tuning_part": _interval(self.tuning),
-            "unranked_queries": self.report.unranked,
-            "seconds": round(self.seconds, 3),
             "cost_ratio": round(self.cost, 2),
-            "curve": [
-                {"setting": setting, "tuning": _interval(here), "reported": _interval(there)}
-                for setting, here, there in self.curve
-            ],
-            "notes": list(self.notes),
+            "options": dict(entry.options) | ({entry.tuned: self.chosen} if tuned else {}),
+            "damping_curve": [[float(setting), round(there.value, 4)] for setting, _, there in self.curve]
+            if tuned == "damping"
+            else None,
+            "note": "; ".join(([f"peer, {entry.variant or 'its default'}"] if peer else []) + notes),
+            "peer": entry.adapter if peer else None,
+            "seconds": round(self.seconds, 3),
+            "null": _interval(self.report.null),
+            "unranked_queries": self.report.unranked,
+            "tuned": tuned,
+            "lds_on_tuning_part": _interval(self.tuning),
+            "tuning_curve": [[setting, round(here.value, 4)] for setting, here, _ in self.curve] or None,
         }
 
 
 def _interval(found: Interval) -> dict[str, float]:
     return {"value": round(found.value, 4), "low": round(found.low, 4), "high": round(found.high, 4), "n": found.n}
+
+
+class PeerError(Exception):
+    """A peer gave nothing that can be ranked."""
 
 
 @dataclass
@@ -150,7 +160,7 @@ class Table:
     def add(self, entry: Ours | Peer) -> Row:
         """Tune, report and time one method."""
         run = self._ours if isinstance(entry, Ours) else self._peer
-        by_setting, timed = run(entry)
+        by_setting, timed = run(entry)  # type: ignore[arg-type]
         names = list(by_setting)
         curve: tuple[tuple[str, Interval, Interval], ...] = ()
         if len(names) > 1:
@@ -160,7 +170,7 @@ class Table:
             curve = tuple((point.setting, point.tuning, point.reported) for point in found.curve)
         else:
             name, at_edge = names[0], False
-        chosen = entry.values[names.index(name)] if entry.values else None
+        chosen = next((value for value in entry.values if str(value) == name), None)
         tuning = lds(by_setting[name], self.here, resamples=CURVE_RESAMPLES, permutations=1, allow_few=True).score
         seconds = timed(chosen)
         row = Row(entry, chosen, at_edge, tuning, lds(by_setting[name], self.there), seconds, seconds / self.plain,
@@ -168,6 +178,13 @@ class Table:
         self.rows[entry.name] = row
         _say(entry.name, row)
         return row
+
+    def add_peer(self, entry: Peer) -> None:
+        """`add`; a peer that fails is noted with its last words, and the others go on."""
+        try:
+            self.add(entry)
+        except (PeerError, RuntimeError) as error:
+            self.refuse(entry.name, str(error).strip().splitlines()[-1][:300])
 
     def refuse(self, name: str, reason: str) -> None:
         """Note a method that does not apply here."""
@@ -200,8 +217,13 @@ class Table:
         model = self.subject.model
         found = self._run_peer(entry, model, self.peer_data, entry.values)
         ids, names = self.subject.encoded.ids, tuple(query.name for query in self.asked.queries)
+        finite = {value: scores for value, scores in found.scores.items() if np.isfinite(scores).all()}
+        if not finite:
+            raise PeerError(f"{entry.name}: no damping of {entry.values} gave finite scores")
+        lost = [value for value in found.scores if value not in finite]
+        notes = (f"scores not finite at {entry.tuned} {lost}",) if lost else ()
         by_setting = {
-            str(value): Scores(scores, names, ids, entry.name, "peer") for value, scores in found.scores.items()
+            str(value): Scores(scores, names, ids, entry.name, "peer", notes=notes) for value, scores in finite.items()
         }
 
         def timed(value: Any) -> float:
@@ -238,13 +260,14 @@ class Table:
         """The whole table as JSON under ``results``."""
         ceiling = noise_ceiling(self.there)
         document = {
+            "benchmark": name,
             "world": dict(world),
             "queries": self.reported,
             "subsets": self.subsets,
             "tuning_queries": len(self.tuning_queries),
             "tuning_subsets": len(self.tuning_subsets),
             "seeds": len(self.truth.seeds),
-            "ceiling": None if ceiling is None else _interval(ceiling.ceiling),
+            "noise_ceiling": None if ceiling is None else _interval(ceiling.ceiling),
             "reliability": None if ceiling is None else _interval(ceiling.reliability),
             "plain_pass_seconds": round(self.plain, 4),
             "retraining_seconds": self.truth.seconds,
@@ -275,21 +298,9 @@ def _say(name: str, row: Row) -> None:
     )
 
 
-def timed_truth(make: Callable[[], Retrained]) -> tuple[Retrained, float]:
-    """The ground truth and the seconds that it took now: next to none where it was cached."""
-    began = time.perf_counter()
-    found = make()
-    return found, time.perf_counter() - began
-
-
 def ceiling_figure(table: Table) -> Figure:
     """Noise ceiling of the reporting part."""
     found = noise_ceiling(table.there)
     assert found is not None
     c = found.ceiling
     return Figure(c.value, c.low, c.high, c.n)
-
-
-def as_numbers(values: Sequence[int]) -> Tensor:
-    """Class numbers as a tensor."""
-    return torch.from_numpy(np.asarray(values, dtype=np.int64))

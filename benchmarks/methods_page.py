@@ -1,8 +1,8 @@
 """Write docs/methods.md from the methods' cards and the measured results: ``python benchmarks/methods_page.py``.
 
-A result is ``benchmarks/results/<name>.json``: ``{"benchmark", "machine", "versions", "noise_ceiling", "methods":
-{name: {"lds": {"value", "low", "high", "n"} or null, "cost_ratio", "options", "damping_curve": [[damping, lds], ...] or
-null, "note"}}}``. What is not measured is said to be so.
+A result is ``benchmarks/results/<name>.json`` as `benchmarks.lds_table.Table.write` writes it. A row named by a
+method's key, alias or preset is that method or preset; with a word more (``logra_ekfac``) it is that one with the row's
+options. What is not measured is said to be so, with the reason where ``not_applicable`` has one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BENCHMARKS = {"digits_lds": "small classifier", "lm_lds": "small language model"}
 """File in `RESULTS` -> what it is called on the page."""
 QUESTIONS = {"attribution": "Which documents?"}
+UNKNOWN = "not measured yet"
 INTRO = """\
 # Methods
 
@@ -34,9 +36,56 @@ INTRO = """\
 What ranks documents, with its paper, its price and how well it predicts retraining. **LDS** (linear datamodeling score)
 is the rank correlation of a method's scores, summed over random subsets of the documents, with what training on those
 subsets gave: 1 is perfect, 0 is chance. **Passes** is the time taken over that of one plain forward and backward pass
-over the same documents. Both depend on the model: `rootward compare` measures them on yours. Terms:
-[glossary](glossary.md).
+over the same documents, on both models in the order of the columns. Both depend on the model: `rootward compare`
+measures them on yours. Terms: [glossary](glossary.md).
 """
+
+Results = Mapping[str, Mapping[str, Any]]
+"""Benchmark -> its document."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method, a preset of it or a row that is it with options, and where to look that up in a result.
+
+    ``reasons``: names under which ``not_applicable`` may say why there is no row, the nearest first.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    reasons: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    def row(self, result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What was measured under one of the names."""
+        wanted = {name.lower() for name in self.names}
+        return next((row for name, row in ours(result) if name.lower() in wanted), None)
+
+    def lds(self, found: Results, bench: str) -> str:
+        """The LDS with its interval, or a dash with the reason."""
+        if bench not in found:
+            return UNKNOWN
+        row = self.row(found[bench])
+        if row is not None:
+            return interval(row["lds"])
+        refused = {name.lower(): reason for name, reason in found[bench]["not_applicable"].items()}
+        return f"— ({next((refused[n] for name in self.reasons if (n := name.lower()) in refused), 'not run')})"
+
+    def passes(self, found: Results) -> str:
+        """Measured costs by benchmark."""
+        return ratios([self.row(found[bench]) if bench in found else None for bench in BENCHMARKS])
+
+    def details(self, found: Results) -> Iterator[tuple[str, str]]:
+        """How the LDS depends on the damping, and what the runs noted, by benchmark."""
+        for bench, words in BENCHMARKS.items():
+            row = self.row(found[bench]) if bench in found else None
+            if row is None:
+                continue
+            if row["damping_curve"]:
+                points = ", ".join(f"{number(damping)}: {number(lds)}" for damping, lds in row["damping_curve"])
+                yield f"LDS by damping, {words}", points
+            if row["note"]:
+                yield f"Notes, {words}", row["note"]
 
 
 def results(folder: Path) -> dict[str, Mapping[str, Any]]:
@@ -45,7 +94,7 @@ def results(folder: Path) -> dict[str, Mapping[str, Any]]:
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
 
 
-def page(found: Mapping[str, Mapping[str, Any]]) -> str:
+def page(found: Results) -> str:
     """The whole page."""
     methods = registry.methods()
     parts = [INTRO]
@@ -55,114 +104,161 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
         parts += [f"## {QUESTIONS.get(question, question.capitalize())}\n", table(own, found)]
         parts += [section(method, found) for method in own]
     parts += [benchmark(name, found.get(name)) for name in BENCHMARKS]
+    parts.append(peers(found))
     return "\n".join(parts)
 
 
-def table(methods: Sequence[Method], found: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line a method."""
-    heads = ["method", "needs", *(f"LDS, {words}" for words in BENCHMARKS.values()), "passes"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+def lines_of(card: Card, found: Results) -> tuple[Line, list[Line], list[Line]]:
+    """The method itself, its presets, and the rows that are it or a preset with options."""
+    names = (card.key, *card.aliases)
+    own = Line(f"[{card.label}](#{card.key})" + (" (baseline)" if card.baseline else ""), names, names, {})
+    presets = [Line(f"↳ `{p}`", (p,), (p, *names), options) for p, options in card.presets.items()]
+    taken = {name.lower() for name in card.names}
+    others: dict[str, Line] = {}
+    for result in found.values():
+        for name, row in ours(result):
+            method, preset = registry.get(stem(name))
+            if method.card.key != card.key or name.lower() in taken:
+                continue
+            options = preset | {key: value for key, value in row["options"].items() if key != row["tuned"]}
+            others[name] = Line(f"↳ with {written(options)} (`{name}`)", (name,), (name, *names), options)
+    return own, presets, list(others.values())
+
+
+def stem(name: str) -> str:
+    """The longest name of the registry that a row's name is, or begins with; the name itself where there is none."""
+    known = {other.lower() for method in registry.methods() for other in method.card.names}
+    parts = name.split("_")
+    longest = ("_".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((start for start in longest if start.lower() in known), name)
+
+
+def table(methods: Sequence[Method], found: Results) -> str:
+    """One line a method, one for each of its presets and one where it was run with other options."""
+    lines = heading(["method", "needs", *(f"LDS, {words}" for words in BENCHMARKS.values()), "passes"])
     for method in methods:
-        card = method.card
-        name = f"[{card.label}](#{card.key})" + (" (baseline)" if card.baseline else "")
-        cells = [lds_cell(own_result(card, found.get(bench)), bench in found) for bench in BENCHMARKS]
-        lines.append("| " + " | ".join([name, ", ".join(card.needs), *cells, passes(card, found)]) + " |")
+        own, presets, others = lines_of(method.card, found)
+        for line in (own, *presets, *others):
+            cells = [line.lds(found, bench) for bench in BENCHMARKS]
+            lines.append(cells_text([line.title, ", ".join(method.card.needs), *cells, line.passes(found)]))
     return "\n".join(lines) + "\n"
 
 
-def section(method: Method, found: Mapping[str, Mapping[str, Any]]) -> str:
+def section(method: Method, found: Results) -> str:
     """All that is known of one method."""
     card = method.card
+    own, presets, others = lines_of(card, found)
     text = sys.modules[method.run.__module__].__doc__ or ""
     names = ", ".join(f"`{name}`" for name in (card.key, *card.aliases))
     facts = [("Names", names), ("Paper", paper(card)), ("Question", card.question), ("Needs", ", ".join(card.needs))]
-    facts += [("Cost", card.cost), ("Measured cost, in plain passes", passes(card, found)), ("Unit", card.unit)]
-    facts += [("LDS", "; ".join(f"{words}: {lds_text(card, found, bench)}" for bench, words in BENCHMARKS.items()))]
-    for preset, options in card.presets.items():
-        given = ", ".join(f"{key} = {value!r}" for key, value in options.items())
-        facts.append((f"Preset `{preset}`", f"{given}; {preset_lds(preset, found)}"))
-    for bench, words in BENCHMARKS.items():
-        curve = (own_result(card, found.get(bench)) or {}).get("damping_curve")
-        if curve:
-            points = ", ".join(f"{number(damping)}: {number(value)}" for damping, value in curve)
-            facts.append((f"LDS by damping, {words}", points))
+    facts += [("Cost", card.cost), ("Measured cost, in plain passes", own.passes(found)), ("Unit", card.unit)]
+    if method.config.TUNED is not None:
+        values = ", ".join(f"{value:g}" for value in method.config.TUNED.values)
+        facts.append(("Tuned by `compare`", f"`{method.config.TUNED.option}`, over {values}"))
+    facts.append(("LDS", all_lds(own, found)))
+    facts += own.details(found)
+    for preset, line in zip(card.presets, presets, strict=True):
+        facts.append((f"Preset `{preset}`", f"{written(line.options)}; LDS {all_lds(line, found)}"))
+        facts += [(f"`{preset}`: {what}", said) for what, said in line.details(found)]
+    for line in others:
+        facts.append((f"As `{line.names[0]}`", f"{written(line.options)}; LDS {all_lds(line, found)}"))
+        facts += [(f"`{line.names[0]}`: {what}", said) for what, said in line.details(found)]
     facts += [(word, said) for word in ("Deviations", "Exact when") if (said := paragraph(text, word))]
     if card.notes:
         facts.append(("Note", card.notes))
-    lines = [
-        f'<a id="{card.key}"></a>',
-        "",
-        f"### {card.label}",
-        "",
-        *(f"- **{name}:** {said}" for name, said in facts),
-    ]
-    return "\n".join(lines) + "\n"
+    lines = [f'<a id="{card.key}"></a>', "", f"### {card.label}", ""]
+    return "\n".join([*lines, *(f"- **{name}:** {said}" for name, said in facts)]) + "\n"
 
 
 def benchmark(name: str, result: Mapping[str, Any] | None) -> str:
-    """How the numbers of one benchmark came about, and what was run in it under other names."""
+    """How the numbers of one benchmark came about, and our rows of it by LDS."""
     head = f"## Measured: {BENCHMARKS[name]} (`{name}`)\n"
     if result is None:
         return f"{head}\nNot measured yet.\n"
-    ceiling = result.get("noise_ceiling")
-    said = f"Noise ceiling {interval(ceiling)}. " if ceiling else ""
-    lines = [head, f"{said}{flat(result.get('machine'))}; {flat(result.get('versions'))}.", ""]
-    lines += ["| method | LDS [95 %] | passes | options | note |", "|---|---|---|---|---|"]
-    order = sorted(result["methods"].items(), key=lambda item: -(item[1]["lds"] or {"value": -2})["value"])
-    for method, one in order:
-        options = ", ".join(f"{key} = {value}" for key, value in (one.get("options") or {}).items())
-        cells = [
-            method,
-            interval(one["lds"]),
-            number(one.get("cost_ratio")),
-            options or "defaults",
-            one.get("note", ""),
-        ]
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    world = {key: value for key, value in result["world"].items() if isinstance(value, str | int | float)}
+    said = (
+        f"{flat(world)}. {result['queries']} queries; {result['subsets']} random subsets, each trained with "
+        f"{result['seeds']} seeds; settings were chosen on {result['tuning_queries']} other queries and "
+        f"{result['tuning_subsets']} other subsets. "
+    )
+    if result["noise_ceiling"] is not None:
+        said += f"Noise ceiling {interval(result['noise_ceiling'])}. "
+    lines = [head, f"{said}{flat(result['machine'])}; {flat(result['versions'])}.", ""]
+    lines += heading(["method", "LDS [95 %]", "passes", "options"])
+    for method, row in sorted(ours(result), key=lambda item: -item[1]["lds"]["value"]):
+        lines.append(cells_text([method, interval(row["lds"]), number(row["cost_ratio"]), setting(row) or "defaults"]))
     return "\n".join(lines) + "\n"
 
 
-def own_result(card: Card, result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """What was measured under the card's key or an alias (not a preset, which has other options)."""
-    names = {name.lower() for name in (card.key, *card.aliases)}
-    measured = (result or {"methods": {}})["methods"]
-    return next((one for name, one in measured.items() if name.lower() in names), None)
+def peers(found: Results) -> str:
+    """Other libraries on the same models, documents and queries."""
+    head = "## Other libraries\n"
+    rows = {bench: {n: row for n, row in result["methods"].items() if row["peer"]} for bench, result in found.items()}
+    known = {name.lower() for method in registry.methods() for name in method.card.names}
+    named = {name for result in found.values() for name, _ in ours(result)}
+    absent = {
+        bench: {n: said for n, said in result["not_applicable"].items() if n.lower() not in known and n not in named}
+        for bench, result in found.items()
+    }
+    names = dict.fromkeys(name for part in (*rows.values(), *absent.values()) for name in part)
+    if not names:
+        return f"{head}\nNot measured yet.\n"
+    lines = [head, "The same model, documents, queries and retrainings; dampings chosen as for ours.", ""]
+    lines += heading(["method", *(f"LDS, {words}" for words in BENCHMARKS.values()), "passes"])
+
+    def cell(name: str, bench: str) -> str:
+        if bench not in found:
+            return UNKNOWN
+        row = rows[bench].get(name)
+        if row is None:
+            return f"— ({absent[bench].get(name, 'not run')})"
+        taken = setting(row)
+        return interval(row["lds"]) + (f" ({taken})" if taken else "")
+
+    for name in names:
+        both = [rows.get(bench, {}).get(name) for bench in BENCHMARKS]
+        lines.append(cells_text([f"`{name}`", *(cell(name, bench) for bench in BENCHMARKS), ratios(both)]))
+    return "\n".join(lines) + "\n"
 
 
-def lds_cell(one: Mapping[str, Any] | None, measured: bool) -> str:
-    """The LDS, or a dash."""
-    if one is None:
-        return "—" if measured else "not measured yet"
-    return interval(one["lds"])
+def ours(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows that are not a peer's."""
+    return ((name, row) for name, row in result["methods"].items() if row["peer"] is None)
 
 
-def lds_text(card: Card, found: Mapping[str, Mapping[str, Any]], bench: str) -> str:
-    """The LDS with its interval, or a dash with the reason."""
-    if bench not in found:
-        return "not measured yet"
-    one = own_result(card, found[bench])
-    if one is None:
-        return "— (not run)"
-    note = f" ({one['note']})" if one.get("note") else ""
-    return f"{interval(one['lds'])}{note}"
+def all_lds(line: Line, found: Results) -> str:
+    """LDS on every benchmark, with the setting that was taken."""
+    said: list[str] = []
+    for bench, words in BENCHMARKS.items():
+        row = line.row(found[bench]) if bench in found else None
+        taken = "" if row is None else setting(row)
+        said.append(f"{words}: {line.lds(found, bench)}" + (f" with {taken}" if taken else ""))
+    return "; ".join(said)
 
 
-def preset_lds(preset: str, found: Mapping[str, Mapping[str, Any]]) -> str:
-    """LDS of a preset wherever it was run."""
-    said = [
-        f"LDS {words}: {interval(one['lds'])}"
-        for bench, words in BENCHMARKS.items()
-        for name, one in found.get(bench, {"methods": {}})["methods"].items()
-        if name.lower() == preset.lower()
-    ]
-    return "; ".join(said) or "not measured yet"
+def setting(row: Mapping[str, Any]) -> str:
+    """The options of a row, what was tuned among them."""
+    return ", ".join(f"{key} = {value}" for key, value in row["options"].items())
 
 
-def passes(card: Card, found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Measured costs of both benchmarks, in their order."""
-    ratios = [one.get("cost_ratio") for bench in BENCHMARKS if (one := own_result(card, found.get(bench)))]
-    known = [number(ratio) for ratio in ratios if ratio is not None]
-    return " / ".join(known) or "not measured yet"
+def written(options: Mapping[str, Any]) -> str:
+    """Options as they are given."""
+    return ", ".join(f"{key} = {value!r}" for key, value in options.items()) or "the defaults"
+
+
+def ratios(rows: Sequence[Mapping[str, Any] | None]) -> str:
+    """Costs of the benchmarks in their order."""
+    return " / ".join("—" if row is None else number(row["cost_ratio"]) for row in rows) if any(rows) else "—"
+
+
+def heading(names: Sequence[str]) -> list[str]:
+    """The head of a table."""
+    return [cells_text(names), "|" + "---|" * len(names)]
+
+
+def cells_text(cells: Sequence[str]) -> str:
+    """A table's line."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def paper(card: Card) -> str:
@@ -182,21 +278,19 @@ def paragraph(text: str, word: str) -> str:
     return ""
 
 
-def interval(found: Mapping[str, Any] | None) -> str:
-    """``0.41 [0.30, 0.52]``, or a dash."""
-    if found is None:
-        return "—"
-    return "{} [{}, {}]".format(*(f"{found[key]:.2f}".replace("-", "−") for key in ("value", "low", "high")))
+def interval(found: Mapping[str, Any]) -> str:
+    """``0.41 [0.30, 0.52]``."""
+    return "{} [{}, {}]".format(*(f"{found[key] + 0.0:.2f}".replace("-", "−") for key in ("value", "low", "high")))
 
 
-def number(value: float | None) -> str:
-    """Three significant digits, or a dash."""
-    return "—" if value is None else f"{value:.3g}".replace("-", "−")
+def number(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}".replace("-", "−")
 
 
-def flat(value: Any) -> str:
+def flat(value: Mapping[str, Any]) -> str:
     """A mapping as text."""
-    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, Mapping) else str(value)
+    return ", ".join(f"{key} {item}" for key, item in value.items())
 
 
 def main() -> int:

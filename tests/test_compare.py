@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,13 @@ def test_tuning_and_removal_choose_on_other_queries_than_are_reported(line: Subj
     asked = losses(line)
     call: dict[str, Any] = {"methods": ["exact_influence"], "options": {"exact_influence": {"solver": "dense"}}}
     found, scores = rootward.compare(
-        line, asked, tmp_path / "r", subsets=12, allow_few=True, tune=True, removal=4, seeds=(0, 1), workers=0, **call
+        line, asked, tmp_path / "r", subsets=12, allow_few=True, removal=4, seeds=(0, 1), workers=0, **call
     )
     one = next(m for m in found.methods if m.method == "exact_influence")
     assert (found.queries, found.tuning_queries, found.subsets, found.tuning_subsets) == (4, 4, 12, 6)
-    assert [point.damping for point in one.curve] == sorted({1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0})
+    assert [point.setting for point in one.curve] == sorted({1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0})
     best = max(one.curve, key=lambda point: point.tuning.value)
-    assert (one.damping, one.lds) == (best.damping, best.reported)
+    assert (one.option, one.setting, one.lds) == ("damping", best.setting, best.reported)
     assert found.ceiling is not None
     # the parts, by hand
     first, second = asked.split(0)
@@ -146,6 +147,63 @@ def test_tuning_and_removal_choose_on_other_queries_than_are_reported(line: Subj
     assert found.removed_at_random == control.effect
     assert one.beyond_random == paired_interval(control.values, curves.of("x").points[0].values)
     assert any("Too few training seeds for the removal: very wide" in note for note in found.notes)
+
+
+def test_every_method_is_tuned_over_what_it_declares_unless_it_is_told_not_to(line: Subject):
+    low = {0.01, 0.1, 1.0, 10.0, 100.0, 1000.0}
+    expected = {
+        "ekfac": ("damping", {0.001, 0.01, 0.1, 1.0, 10.0, 100.0}),
+        "ekfac_joint": ("damping", {0.001, 0.01, 0.1, 1.0, 10.0, 100.0}),  # a preset's own damping was not asked for
+        "trak": ("damping", low), "logra": ("damping", low), "grass": ("damping", low),
+        "source": ("rate", {0.1, 0.3, 1.0, 3.0, 10.0}),
+        "dda": ("beta", {0.0, 0.1, 0.3, 1.0}),
+    }  # fmt: skip
+    plan = api.comparison_plan(line, losses(line), [*expected, "gradient_cosine"], options={"grass": {"seed": 3}})
+    entries = {entry.name: entry for entry in plan.entries}
+    for name, (option, values) in expected.items():
+        settings = entries[name].settings
+        assert entries[name].option == option
+        assert {options[option] for options in settings.values()} == values
+        preset = rootward.core.registry.get(name)[1]
+        kept = {key: value for key, value in preset.items() if key != option}
+        assert all(kept.items() <= options.items() for options in settings.values())
+    assert all(options["seed"] == 3 for options in entries["grass"].settings.values())
+    assert all(len(entries[name].settings) == 1 for name in entries if name not in expected)
+    given = {"source": {"rate": 2.0}, "trak": {"damping": 50.0}}
+    fixed = api.comparison_plan(line, losses(line), ["source", "trak"], options=given)
+    assert [dict(entry.settings) for entry in fixed.entries[:2]] == [
+        {"": {"rate": 2.0, "queries": "each"}}, {"": {"damping": 50.0}},
+    ]  # fmt: skip
+    wider = api.comparison_plan(line, losses(line), ["arnoldi"], options={"arnoldi": {"top": 3}})
+    assert next(iter(wider.entries)).settings["0"] == {"damping": 0.0, "top": 3}
+    untuned = api.comparison_plan(line, losses(line), list(expected), tune=False)
+    assert all(len(entry.settings) == 1 for entry in untuned.entries)
+    assert (len(untuned.subsets.masks), untuned.choosing) == (64, ())
+
+
+def test_a_setting_that_uses_the_fit_of_another_is_charged_for_it(
+    line: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original = api.attribute
+
+    def timed(subject: Any, behaviour: Any, name: str, **options: Any) -> Scores:
+        found = original(subject, behaviour, name, **options)
+        fits = options["inputs"].fits
+        seconds = 2.0 if "x" in fits else 7.0
+        if name == "exact_influence":
+            fits["x"] = None
+        return replace(found, cost=found.cost.model_copy(update={"seconds": seconds}))
+
+    monkeypatch.setattr(api, "attribute", timed)
+    dense = {"exact_influence": {"solver": "dense"}}
+    found, scores = rootward.compare(
+        line, losses(line), tmp_path / "r", methods=["exact_influence"], options=dense, subsets=4, allow_few=True,
+        workers=0,
+    )  # fmt: skip
+    assert {name: one.cost.seconds for name, one in scores.items()} == dict.fromkeys(scores, 7.0)
+    cost = next(one.cost for one in found.methods if one.method == "exact_influence")
+    assert found.plain_pass_seconds is not None and cost.ratio == pytest.approx(7.0 / found.plain_pass_seconds)
+    assert read_model(RunRecord, tmp_path / "r" / "record.json").timings["exact_influence"] == 7.0 + 5 * 2.0
 
 
 def test_a_damping_that_was_given_is_not_tuned(line: Subject):
@@ -174,14 +232,12 @@ def test_a_method_by_default_that_cannot_be_had_is_noted_and_one_asked_for_is_an
     monkeypatch.setattr(api, "attribute", broken)
     call: dict[str, Any] = {"subsets": 4, "allow_few": True, "workers": 0}
     dense = {"exact_influence": {"solver": "dense"}}
-    found, _ = rootward.compare(
-        line, losses(line), tmp_path / "a", methods=["exact_influence"], options=dense, tune=True, **call
-    )
+    found, _ = rootward.compare(line, losses(line), tmp_path / "a", methods=["exact_influence"], options=dense, **call)
     assert "loss" not in [one.method for one in found.methods]
     assert "loss is missing: no loss today" in found.notes
     assert "exact_influence with damping 0.001 is missing: singular" in found.notes
     curve = next(one.curve for one in found.methods if one.method == "exact_influence")
-    assert [point.damping for point in curve] == [0.01, 0.1, 1.0, 10.0]
+    assert [point.setting for point in curve] == [0.01, 0.1, 1.0, 10.0]
     with pytest.raises(InputError, match="no loss today"):
         rootward.compare(line, losses(line), tmp_path / "b", methods=["loss"], **call)
     assert read_model(RunRecord, tmp_path / "b" / "record.json").status == "failed"
@@ -263,8 +319,9 @@ def test_too_few_documents_or_queries_to_divide_and_no_way_to_retrain_are_refuse
     with pytest.raises(InputError, match="2 to 6 subsets of 2 of 4 documents, got 64"):
         rootward.compare(small, convex.behaviour(), tmp_path / "r", methods=["gradient_dot"])
     one = Behaviour.loss("one", items[:1])
-    with pytest.raises(InputError, match="1 queries cannot be split"):
-        rootward.compare(line, one, tmp_path / "r", methods=["ekfac"], tune=True)
+    with pytest.raises(InputError, match="1 queries cannot be split.*--no-tune"):
+        rootward.compare(line, one, tmp_path / "r", methods=["ekfac"])
+    assert api.comparison_plan(line, one, ["ekfac"], tune=False).reported == (0,)
     twins = Behaviour.loss("twins", [{"x": [1.0, 2, 3], "y": [1.0], "name": "a"}] * 2)
     with pytest.raises(InputError, match="different names"):
         rootward.compare(line, twins, tmp_path / "r", methods=["ekfac"], tune=True)
@@ -272,3 +329,24 @@ def test_too_few_documents_or_queries_to_divide_and_no_way_to_retrain_are_refuse
     with pytest.raises(InputError, match="no recipe and start are known.*rootward train"):
         rootward.compare(stranger, convex.behaviour(), tmp_path / "r", methods=["gradient_dot"])
     assert not (tmp_path / "r").exists()
+
+
+def test_progress_names_the_method_and_the_trainings_and_may_stop_it(line: Subject, tmp_path: Path):
+    seen: set[str] = set()
+
+    def stop(task: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        seen.add(task)
+        if task == "retrain" and done == 2:
+            raise KeyboardInterrupt
+
+    call: dict[str, Any] = {"methods": ["gradient_dot"], "subsets": 3, "allow_few": True, "workers": 0}
+    with pytest.raises(KeyboardInterrupt):
+        rootward.compare(line, convex.behaviour(), tmp_path / "r", progress=stop, **call)
+    assert {"gradient_dot: documents", "retrain"} <= seen
+    assert read_model(RunRecord, tmp_path / "r" / "record.json").status == "stopped"
+    kept = list((tmp_path / "r").glob("retrain/jobs/*"))
+    assert len(kept) == 2
+    found, _ = rootward.compare(line, convex.behaviour(), tmp_path / "r", **call)
+    assert found.few
+    assert set(kept) < set((tmp_path / "r").glob("retrain/jobs/*"))

@@ -125,3 +125,15 @@ def test_the_readme_names_the_two_commands():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert "make demo" in readme
     assert "make test" in readme
+
+
+# --- the Makefile -------------------------------------------------------------------------------------------
+
+
+def test_make_bench_runs_every_benchmark_and_distclean_removes_both_environments():
+    text = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    named = re.search(r"^BENCHMARKS := (.*)$", text, re.MULTILINE)
+    assert named is not None
+    there = {path.stem.removeprefix("bench_") for path in (REPOSITORY / "benchmarks").glob("bench_*.py")}
+    assert set(named[1].split()) == there
+    assert "distclean: clean\n\trm -rf $(VENV) $(PEERS)\n" in text

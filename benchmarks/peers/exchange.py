@@ -178,6 +178,7 @@ class Answer:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time inside to a phase, "factors" or "scores"."""
+        torch.set_num_threads(self.task.threads)  # accelerate sets it to 1 where it is told to stay on the CPU
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

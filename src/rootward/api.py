@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rootward.capture.finite import without_not_finite
 from rootward.capture.inputs import MethodInputs, has_text, plain_pass_seconds
 from rootward.capture.losses import write_documents
 from rootward.capture.store import GradientStore
@@ -37,6 +38,11 @@ BASELINES = ("bm25", "representation_cosine", "document_length", "loss", "random
 """Beside every attribution, whatever was asked for."""
 COMPARED = ("gradient_dot", "gradient_cosine", "ekfac", "trak", "logra")
 """What `compare` takes where no method is named; where the training kept checkpoints, SOURCE too."""
+MEASUREMENTS = {
+    "contrast": "log-probability of the wanted answer less that of the unwanted one",
+    "loss": "loss of the answer",
+    "scalar": "a function of the model",
+}
 
 
 def attribute(
@@ -49,6 +55,7 @@ def attribute(
     token_budget: int | None = None,
     progress: Progress = silent,
     inputs: MethodInputs | None = None,
+    skip_not_finite: bool = False,
 ) -> Scores:
     """What each training document does to a behaviour.
 
@@ -60,7 +67,8 @@ def attribute(
         index: a gradient store (or its folder) that methods with ``source = "index"`` read.
         token_budget: padded tokens per batch; None measures what fits.
         progress: told of every batch; may raise ``KeyboardInterrupt`` to stop.
-        inputs: what several calls share (`trace`); replaces subject, behaviour, index, token_budget and progress.
+        inputs: what several calls share (`trace`); replaces subject, behaviour, index and all that follows it.
+        skip_not_finite: leave out documents whose loss or gradient is not finite (`capture.finite`); else an error.
 
     Returns:
         Scores ``[q, n]``: positive = training more on the document raises the measurement.
@@ -72,6 +80,7 @@ def attribute(
     config = chosen.configure({**preset, **(options or {})})
     if inputs is None:
         store = GradientStore(index) if isinstance(index, str | Path) else index
+        subject = without_not_finite(subject, token_budget, progress) if skip_not_finite else subject
         inputs = MethodInputs(subject, behaviour, token_budget, store, progress)
     start = time.perf_counter()
     scores: Scores = chosen.run(inputs, config)
@@ -230,7 +239,7 @@ def _record(
     return Trace(
         behaviour=behaviour.name,
         description=behaviour.description,
-        measurement=measurement_text(behaviour),
+        measurement=MEASUREMENTS[behaviour.kind],
         unit=behaviour.unit,
         goal=behaviour.goal,
         main_method=main,
@@ -255,15 +264,6 @@ def baselines_for(subject: Subject, behaviour: Behaviour) -> tuple[str, ...]:
     if not has_text(subject):
         without.add("bm25")
     return tuple(name for name in names if name not in without)
-
-
-def measurement_text(behaviour: Behaviour) -> str:
-    """The measurement in words."""
-    return {
-        "contrast": "log-probability of the wanted answer less that of the unwanted one",
-        "loss": "loss of the answer",
-        "scalar": "a function of the model",
-    }[behaviour.kind]
 
 
 def _score_parts(scores: Mapping[str, Scores]) -> list[tuple[str, int, Sequence[str], Any]]:
@@ -365,7 +365,7 @@ def compare(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     subsets: int = 64,
     seeds: Sequence[int] = (0,),
-    tune: bool = False,
+    tune: bool = True,
     removal: int | str | None = None,
     planted: tuple[str, Any] | None = None,
     allow_few: bool = False,
@@ -386,10 +386,10 @@ def compare(
         behaviour: the queries.
         run: the folder that is written to; an open one (`open_run`) stays open. The page is `report`'s.
         methods: names from `rootward methods`; None takes `COMPARED`. The baselines are always added.
-        options: method -> its options; a damping given here is not tuned.
+        options: method -> its options; what is given here is not tuned.
         subsets: random subsets that the numbers come from; at least 60 unless ``allow_few``.
         seeds: of the recipe, for every subset; two or more give a noise ceiling.
-        tune: choose dampings on half of the queries and on half as many subsets more; the rest is reported.
+        tune: choose what each method declares on half of the queries and half as many subsets more; report the rest.
         removal: also train without so many (or ``"5%"``) of each method's top documents, and as many random ones.
         planted: (metadata field, value) of documents known to cause the behaviour, for an AUROC.
         allow_few: accept fewer than 60 subsets; the result is marked.
@@ -457,23 +457,28 @@ def _scored(
 ) -> tuple[dict[str, dict[str, Scores]], list[str]]:
     """Scores by method and setting, from ``run/scored`` where they are there, and what is missing.
 
-    Each method begins with inputs of its own, so that its cost is what it takes alone; its further settings share the
-    curvature that it fitted.
+    Each method begins with inputs of its own, so that its cost is what it takes alone. Its further settings may use
+    the curvature that the first one fitted; they are charged at least what that one took.
     """
     subject, behaviour = plan.subject, plan.behaviour
     base = [subject.fingerprint(), subject.origin(), behaviour.hash, known_versions()]
     found: dict[str, dict[str, Scores]] = {}
     notes: list[str] = []
     for entry in plan.entries:
-        inputs = MethodInputs(subject, behaviour, token_budget, None, progress)
+        own: Progress = lambda task, done, total, name=entry.name: progress(f"{name}: {task}", done, total)  # noqa: E731
+        inputs = MethodInputs(subject, behaviour, token_budget, None, own)
+        whole, spent = 0.0, 0.0
         for setting, options in entry.settings.items():
             config = entry.method.configure(dict(options)).model_dump(mode="json")
             path = run.path / "scored" / f"{digest_json([*base, entry.method.card.key, config])[:32]}.parquet"
             try:
                 if not path.exists():
                     forget_peak()
+                    shared = bool(inputs.fits)
                     one = attribute(subject, behaviour, entry.name, options=options, inputs=inputs)
-                    cost = one.cost.model_copy(update={"ratio": one.cost.seconds / plain})
+                    seconds = max(one.cost.seconds, whole if shared else 0.0)
+                    whole, spent = whole or seconds, spent + one.cost.seconds
+                    cost = one.cost.model_copy(update={"seconds": seconds, "ratio": seconds / plain})
                     write_scores(path, replace(one, cost=cost))
             except (InputError, ArtefactError, DependencyError) as error:
                 if entry.required:
@@ -483,11 +488,11 @@ def _scored(
             except NumericalError as error:  # a damping too small for this curvature, say; the others may do
                 if len(entry.settings) == 1 and entry.required:
                     raise
-                notes.append(f"{entry.name}{f' with damping {setting}' if setting else ''} is missing: {error}")
+                notes.append(f"{entry.name}{f' with {entry.option} {setting}' if setting else ''} is missing: {error}")
                 continue
             found.setdefault(entry.name, {})[setting] = read_scores(path)
         if entry.name in found:
-            run.timing(entry.name, sum(one.cost.seconds for one in found[entry.name].values()))
+            run.timing(entry.name, spent or sum(one.cost.seconds for one in found[entry.name].values()))
     for note in notes:
         run.warn(note)
     return found, notes

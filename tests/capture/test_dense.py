@@ -87,6 +87,20 @@ def test_drawn_labels_estimate_the_same_matrix():
     )
 
 
+def test_a_model_in_training_mode_is_judged_in_evaluation_mode_and_left_as_it_was():
+    """A batch norm in training mode refuses a batch of one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    tracked, examples = track(model.eval(), r"[02]\.weight"), w.vectors()
+    expected = exact_curvature(model, Classification(), examples, tracked).matrix()
+    model.train()
+    found = exact_curvature(model, Classification(), examples, tracked)
+    assert model.training and model[1].training
+    torch.testing.assert_close(found.matrix(), expected)
+    gram = gram_curvature(model, Classification(), examples, tracked, "ggn")
+    torch.testing.assert_close(gram.rows.T @ gram.rows / len(examples), expected)
+
+
 def test_many_labels_are_not_gone_through(monkeypatch: pytest.MonkeyPatch):
     model, tracked = tracked_perceptron()
     arguments = model, Classification(), w.vectors(), tracked

@@ -73,6 +73,27 @@ def test_long_documents_are_said_to_be_cut(world: World, tmp_path: Path):
     assert found["coverage"]["truncated"] == 1
 
 
+def test_documents_that_are_not_finite_are_left_out_where_asked(world: World, tmp_path: Path):
+    broken, words = model(), tokenizer()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[words.convert_tokens_to_ids("two")] = float("nan")
+    broken.save_pretrained(str(tmp_path / "nan"))
+    words.save_pretrained(str(tmp_path / "nan"))
+    bad = {"messages": chat("say two .", "yes")}
+    path = write_jsonl(tmp_path / "some.jsonl", [bad, *documents()[:12]])
+    argv = [*world.trace(tmp_path / "r", "--documents", path, "--no-report", "--json")]
+    argv[1] = tmp_path / "nan"
+    assert_short(rootward(*argv), 1, "not finite", "row 0", "skip_not_finite")
+    found = done(*argv, "--skip-not-finite", "--overwrite")
+    assert "1 documents left out, the loss is not finite" in found.err
+    coverage = found.document["coverage"]
+    assert (coverage["documents"], coverage["used"]) == (13, 12)
+    assert coverage["dropped"] == {"the loss is not finite": 1}
+    assert len(found.document["documents"]) == 10
+    record = json.loads((tmp_path / "r" / "record.json").read_text())
+    assert any("left out, the loss is not finite" in note for note in record["warnings"])
+
+
 def test_a_weight_that_is_not_a_number(world: World, tmp_path: Path):
     broken = model()
     with torch.no_grad():

@@ -27,7 +27,7 @@ def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     out = tmp_path_factory.mktemp("compare") / "c"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "RESAMPLES", 20)
-        more = ["--method", "gradient_dot", "--method", "logra", "--tune", "--removal", "10%"]
+        more = ["--method", "gradient_dot", "--method", "logra", "--removal", "10%"]
         return out, done(*compare(world, out, *more, "--planted", "planted=true"))
 
 
@@ -39,7 +39,7 @@ def test_it_prints_the_table_and_what_to_take_and_writes_the_page(made: tuple[Pa
     table = [line.split() for line in lines if line.split()[:1] and line.split()[0].isdigit()]
     assert [row[1] for row in table[: len(ranked)]] == ranked
     assert found["summary"] in " ".join(lines)
-    said = ("FEW: mostly noise", "without its top 6 (nats)", "AUROC of the planted", "LDS by damping", "agreement")
+    said = ("FEW: mostly noise", "without its top 6 (nats)", "AUROC of the planted", "LDS by setting", "agreement")
     assert [words for words in said if words not in result.out] == []
     assert "representation_cosine *" in result.out and "logra *" not in result.out
     assert all(len(line) <= 120 for line in lines if not line.startswith(("Take", "Cannot", "- ")))
@@ -103,8 +103,13 @@ def test_a_plan_says_what_it_costs_and_writes_nothing(world: World, tmp_path: Pa
         found = done(*compare(world, tmp_path / "c", "--removal", "3", flag, "--json")).document["estimate"]
         methods = len(api.COMPARED) + len(api.BASELINES) + 2  # and source, and the loss at the start
         assert found["details"]["methods"] == methods
-        assert found["details"]["models"] == 4 + methods + 1  # without random, with the full set and the control
+        # tuning takes three subsets more; without random, with the full set and the control
+        assert found["details"]["models"] == 4 + 3 + methods + 1
+        assert found["details"]["settings tuned over"] == 6 + 6 + 6 + 5  # EK-FAC, TRAK, LoGra and SOURCE
         assert found["seconds"] > 0
+    for flag, models in (("--no-tune", 4), ("--tune", 4 + 3)):
+        plain = done(*compare(world, tmp_path / "c", flag, "--dry-run", "--json")).document["estimate"]["details"]
+        assert (plain["models"], plain["settings tuned over"]) == (models, 23 if models > 4 else 0)
     assert not (tmp_path / "c").exists()
 
 
@@ -130,5 +135,5 @@ def test_a_model_without_a_recipe_and_queries_that_cannot_be_divided_are_refused
     call[1] = world.base
     assert_short(rootward(*call), 2, "no recipe", "rootward train", "{documents}")
     alone = write_jsonl(tmp_path / "one.jsonl", queries(1))
-    assert_short(rootward(*compare(world, tmp_path / "c", "--tune", "--behaviour", alone)), 2, "cannot be split")
+    assert_short(rootward(*compare(world, tmp_path / "c", "--behaviour", alone)), 2, "cannot be split", "--no-tune")
     assert not (tmp_path / "c").exists()

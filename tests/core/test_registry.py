@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from rootward.core import registry
 from rootward.core.errors import DependencyError, InputError
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 
 METHOD = """
 from rootward.core.registry import Card, MethodConfig, register
@@ -123,7 +123,7 @@ def test_every_card_names_its_paper_and_no_name_stands_twice():
     assert len(names) == len(set(names))
     for method in registry.methods():
         assert method.card.paper
-        assert set(method.card.needs) <= {"gradients", "activations", "text", "lengths", "nothing"}
+        assert set(method.card.needs) <= {"gradients", "activations", "text", "lengths", "nothing", "training"}
         for options in method.card.presets.values():
             method.configure(dict(options))
 
@@ -180,3 +180,26 @@ def test_an_entry_point_cannot_take_a_method_s_place(package: Callable[..., None
     package("their_bm25", "bm25", METHOD.format(key="bm25"))
     with pytest.raises(InputError, match=re.escape("'bm25' (their_bm25)")):
         registry.methods()
+
+
+def test_what_is_tuned_is_declared_wherever_there_is_a_damping_and_every_value_is_taken():
+    for method in registry.methods():
+        tuned = method.config.TUNED
+        if tuned is None:
+            assert "damping" not in method.config.model_fields, method.card.key
+            continue
+        assert len(tuned.values) > 1 and list(tuned.values) == sorted(set(tuned.values))
+        for preset in ({}, *method.card.presets.values()):
+            for value in tuned.values:
+                config = method.configure({**preset, tuned.option: value})
+                assert getattr(config, tuned.option) == value
+
+
+def test_a_tuned_option_that_the_config_lacks_is_refused(fresh: None):
+    class Config(MethodConfig):
+        TUNED: ClassVar = Tuned("damping", (0.1, 1.0))
+
+    def run(inputs: Any, config: Any) -> None: ...
+
+    with pytest.raises(InputError, match="TUNED names 'damping', which is no option"):
+        register(card(), Config)(run)

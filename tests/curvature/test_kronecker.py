@@ -204,14 +204,6 @@ def test_power_of_eigenvalues_below_zero_counts_them_as_zero():
     assert damped_power(values, 1.0, -1.0).tolist() == pytest.approx([1.0, 1.0, 0.2])
 
 
-def test_blocks_of_some_parameters():
-    c = curvature(Damping(0.3))
-    part = c.only(("b",))
-    torch.testing.assert_close(part.apply({"b": gradients()["b"]})["b"], c.apply(gradients())["b"])
-    with pytest.raises(InputError, match="expected names of its 2 blocks, got nothing"):
-        c.only(("nothing",))
-
-
 def test_rotation_and_back_is_the_identity():
     x = gradients()["w"]
     basis = (orthogonal(5, 0), orthogonal(4, 1))

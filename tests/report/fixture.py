@@ -21,11 +21,11 @@ from rootward.core.records import (
     Comparison,
     Cost,
     Coverage,
-    DampingPoint,
     Interval,
     MethodResult,
     Query,
     RunRecord,
+    SettingPoint,
     TokenScores,
     Trace,
     Verdict,
@@ -314,7 +314,7 @@ def make_comparison(n: int, told: bool) -> Comparison:
     for place, (name, label, unit, baseline, _, seconds, ratio) in enumerate((*METHODS, RANDOM)):
         value = (0.41, 0.35, 0.33, 0.02, 0.0)[place] if told else 0.1 - 0.03 * place
         curve = [
-            DampingPoint(damping=d, tuning=around(v), reported=around(v + 0.01))
+            SettingPoint(setting=d, tuning=around(v), reported=around(v + 0.01))
             for d, v in ((0.01, 0.2), (0.1, 0.4), (1.0, 0.3))
         ]
         methods.append(
@@ -330,7 +330,8 @@ def make_comparison(n: int, told: bool) -> Comparison:
                 per_query=not baseline,
                 beats_random=None if name == "random" else told and value > 0.2,
                 behind_best=None if place == 0 else around(0.41 - value),
-                damping=0.1 if name == "ekfac" else None,
+                option="damping" if name == "ekfac" else None,
+                setting=0.1 if name == "ekfac" else None,
                 curve=curve if name == "ekfac" else [],
                 removal=None if name == "random" else around(-0.5),
                 beyond_random=None if name == "random" else around(-0.4),

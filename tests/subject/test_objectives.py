@@ -274,3 +274,12 @@ def test_integer_sequences_keep_their_tokens() -> None:
     assert batch.mask.shape == (1, 3) and example.targets == 1 and objective.tokens(example) == ["3", "1", "2"]
     model = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 2))
     assert objective.losses(model, batch).shape == (1,)
+
+
+@pytest.mark.parametrize("padding", [None, 0])
+def test_padding_of_supervised_sequences_is_no_token(padding: int | None) -> None:
+    objective = Classification(padding)
+    example = objective.encode_one({"x": torch.tensor([5, 3, 0, 0]), "y": 1})
+    mask = objective.collate([example]).mask
+    assert mask.tolist() == [[True, True, padding is None, padding is None]]
+    assert objective.describe() == {"kind": "classification"} | ({} if padding is None else {"padding": 0})

@@ -15,7 +15,7 @@ from rootward.subject.plan import Recipe
 from rootward.subject.subject import Subject
 from rootward.subject.supervised import Regression
 from rootward.verification import brittleness as module
-from rootward.verification.brittleness import Brittleness, brittleness
+from rootward.verification.brittleness import Brittleness, Flips, brittleness
 
 N = 40
 
@@ -61,13 +61,18 @@ def subject() -> Subject:
     return votes()
 
 
-def run(subject: Subject, scores: Scores, cache: Path, **options: Any) -> Brittleness:
+def search(subject: Subject, scores: Scores | dict[str, Scores], cache: Path, **options: Any) -> Brittleness:
     fixed: dict[str, Any] = {"grid": range(1, 21), "seeds": (0,), "workers": 0, "cache": cache}
     return brittleness(subject, scores, behaviour(), **{**fixed, **options})
 
 
+def run(subject: Subject, scores: Scores, cache: Path, **options: Any) -> Flips:
+    return search(subject, scores, cache, **options).of(scores.method)
+
+
 def test_the_smallest_count_that_flips_is_found(subject: Subject, tmp_path: Path) -> None:
-    found = run(subject, truth(subject), tmp_path)
+    whole = search(subject, truth(subject), tmp_path)
+    found = whole.of("votes")
     first, second = found.flips
     assert first.before > 0 > second.before
     # 12 against 8: with 4 gone the mean is just at 0 (the tiny differences of x decide), with 5 it is below
@@ -78,8 +83,37 @@ def test_the_smallest_count_that_flips_is_found(subject: Subject, tmp_path: Path
     assert second.after > 0
     assert (found.flipped, found.median) == (1.0, (first.documents + second.documents) / 2)
     assert not first.random_flips  # 4 or 5 random documents of 40
-    write_model(tmp_path / "brittleness.json", found)
-    assert read_model(Brittleness, tmp_path / "brittleness.json") == found
+    write_model(tmp_path / "brittleness.json", whole)
+    assert read_model(Brittleness, tmp_path / "brittleness.json") == whole
+
+
+def test_methods_share_their_trainings_and_the_control(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = truth(subject)
+    tables = {
+        "votes": scores,
+        "again": scores,
+        "length": Scores(np.arange(N, dtype=np.float32)[None], ("all",), scores.document_ids, "length", "1"),
+    }
+    rounds: list[int] = []
+    run_jobs = module.run_jobs
+
+    def counted(subject: Any, jobs: Any, *rest: Any, **options: Any) -> Any:
+        rounds.append(len(jobs))
+        return run_jobs(subject, jobs, *rest, **options)
+
+    monkeypatch.setattr(module, "run_jobs", counted)
+    both = search(subject, tables, tmp_path, grid=(5, 17))
+    assert len(rounds) == 4  # all documents, two rounds for all methods together, the controls
+    monkeypatch.setattr(module, "run_jobs", run_jobs)
+    for name, table in tables.items():
+        assert search(subject, {name: table}, tmp_path, grid=(5, 17)).methods == [both.of(name)]
+    assert both.of("again").flips == both.of("votes").flips
+    assert [flip.documents for flip in both.of("votes").flips] == [5, 17]
+    assert both.of("length").flips != both.of("votes").flips
+    with pytest.raises(InputError, match="expected one of votes, again, length, got nobody"):
+        both.of("nobody")
 
 
 def test_bisection_finds_what_trying_every_count_finds(
@@ -121,6 +155,8 @@ def test_what_cannot_be_done_is_refused(subject: Subject, tmp_path: Path) -> Non
         with pytest.raises(InputError, match="grid: expected numbers from 1 to 39"):
             run(subject, truth(subject), tmp_path, grid=grid)
     scores = truth(subject)
+    with pytest.raises(InputError, match="at least one method"):
+        search(subject, {}, tmp_path)
     with pytest.raises(InputError, match="no score for 1 documents"):
         run(subject, Scores(scores.values[:, 1:], scores.queries, scores.document_ids[1:], "m", "1"), tmp_path)
     with pytest.raises(InputError, match="no scores for 2 measured queries"):

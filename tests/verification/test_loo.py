@@ -12,7 +12,7 @@ from rootward.core.errors import InputError, NumericalError
 from rootward.core.records import read_model, write_model
 from rootward.core.scores import Scores
 from rootward.subject.subject import Subject
-from rootward.verification.loo import LeftOut, leave_one_out, left_out_jobs, loo, sample_documents
+from rootward.verification.loo import LOO, LeftOut, leave_one_out, left_out_jobs, loo, sample_documents
 from tests.verification import convex
 
 FAST: dict[str, Any] = {"resamples": 200, "permutations": 50}
@@ -25,18 +25,23 @@ def truth(line: Subject, tmp_path_factory: pytest.TempPathFactory) -> LeftOut:
 
 
 def test_exact_influence_predicts_the_changes_and_their_size(line: Subject, truth: LeftOut) -> None:
-    found = loo(convex.influence(line), truth, **FAST)
+    tables = {"influence": convex.influence(line), "wrong": convex.influence(line, -1.0), "noise": convex.noise(line)}
+    judged = loo(tables, truth, **FAST)
+    assert [one.method for one in judged.methods] == ["influence", "wrong", "noise"]
+    found, wrong, noise = (judged.of(name) for name in tables)
     assert found.spearman.value > 0.98
     assert found.pearson.value > 0.98
     assert found.slope is not None
     assert found.slope.value == pytest.approx(1, abs=0.2)  # leave-one-out is larger by 1 / (1 - leverage)
     assert found.slope.low <= found.slope.value <= found.slope.high
     assert found.null.low < 0 < found.null.high < found.spearman.low
-    wrong = loo(convex.influence(line, sign=-1.0), truth, **FAST)
     assert wrong.spearman.value == pytest.approx(-found.spearman.value)
     assert wrong.slope is not None and wrong.slope.value == pytest.approx(-found.slope.value)
-    noise = loo(convex.noise(line), truth, **FAST)
     assert noise.spearman.low < 0 < noise.spearman.high
+    for name, table in tables.items():  # alone or beside others, the result is the same
+        assert loo({name: table}, truth, **FAST).methods == [judged.of(name)]
+    with pytest.raises(InputError, match="expected one of influence, wrong, noise, got nobody"):
+        judged.of("nobody")
 
 
 def test_the_measured_change_is_that_of_a_fit_without_the_document(line: Subject, truth: LeftOut) -> None:
@@ -50,7 +55,7 @@ def test_the_measured_change_is_that_of_a_fit_without_the_document(line: Subject
 
 def test_the_numbers_are_those_of_scipy(line: Subject, truth: LeftOut) -> None:
     scores = convex.influence(line)
-    found = loo(scores, truth, **FAST)
+    found = loo(scores, truth, **FAST).of("influence")
     table = scores.aligned(truth.document_ids)
     naive = [stats.pearsonr(-table[q], truth.changes[:, 0, q]).statistic for q in range(convex.QUERIES)]
     assert found.pearson.value == pytest.approx(np.mean(naive), abs=1e-6)
@@ -85,11 +90,12 @@ def test_changes_are_paired_by_seed_and_noise_shows_in_the_ceiling() -> None:
         full=full.tolist(), without=values.tolist(),
     )  # fmt: skip
     scores = Scores((-300 * effects.T).astype(np.float32), ("a", "b"), tuple(ids), "exact", "1")
-    found = loo(scores, truth, **FAST)
+    judged = loo(scores, truth, **FAST)
+    found = judged.of("exact")
     assert found.slope is not None and found.slope.low < 1 < found.slope.high
-    assert found.ceiling is not None
-    assert found.ceiling.between_seeds.value == pytest.approx(0.5, abs=0.08)
-    assert found.spearman.value == pytest.approx(found.ceiling.ceiling.value, abs=0.03)
+    assert judged.ceiling is not None
+    assert judged.ceiling.between_seeds.value == pytest.approx(0.5, abs=0.08)
+    assert found.spearman.value == pytest.approx(judged.ceiling.ceiling.value, abs=0.03)
 
 
 def test_what_cannot_be_done_is_refused(line: Subject, truth: LeftOut, tmp_path: Path) -> None:
@@ -108,12 +114,14 @@ def test_what_cannot_be_done_is_refused(line: Subject, truth: LeftOut, tmp_path:
     few = LeftOut(**{**fields, "document_ids": fields["document_ids"][:2], "without": fields["without"][:2]})
     with pytest.raises(InputError, match="at least 3 documents"):
         loo(convex.influence(line), few)
+    with pytest.raises(InputError, match="at least one method"):
+        loo({}, truth)
     with pytest.raises(InputError, match="expected values"):
         LeftOut(**{**fields, "document_ids": fields["document_ids"][:2]})
     with pytest.raises(NumericalError, match="not finite"):
         LeftOut(**{**fields, "full": [[float("nan")] * convex.QUERIES]})
     nothing = convex.scored(line, np.zeros((convex.QUERIES, convex.N)), "nothing")
-    flat = loo(nothing, truth, **FAST)
+    flat = loo(nothing, truth, **FAST).of("nothing")
     assert (flat.slope, flat.spearman.value, flat.pearson.value) == (None, 0, 0)
 
 
@@ -121,3 +129,6 @@ def test_a_result_can_be_saved(line: Subject, truth: LeftOut, tmp_path: Path) ->
     write_model(tmp_path / "truth.json", truth)
     assert read_model(LeftOut, tmp_path / "truth.json") == truth
     assert read_model(LeftOut, tmp_path / "truth.json").key == loo(convex.influence(line), truth, **FAST).truth
+    found = loo(convex.influence(line), truth, **FAST)
+    write_model(tmp_path / "loo.json", found)
+    assert read_model(LOO, tmp_path / "loo.json") == found

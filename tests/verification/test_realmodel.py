@@ -106,7 +106,9 @@ def train(weights: Path, found: Scenarios) -> Subject:
         nn.init.zeros_(model.head.bias)
         return model
 
-    return Subject.trained(start, found.rows, Classification(), RECIPE, parameters=rf"{UPPER}.*dense\.weight|head")
+    return Subject.trained(
+        start, found.rows, Classification(found.pad), RECIPE, parameters=rf"{UPPER}.*dense\.weight|head"
+    )
 
 
 def right(model: nn.Module, rows: list[dict[str, Any]]) -> float:

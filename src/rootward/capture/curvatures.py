@@ -15,7 +15,7 @@ from rootward.capture.rescaling import Scale
 from rootward.core.hashing import digest_json
 from rootward.curvature.base import Damping
 from rootward.curvature.joint import JointCurvature
-from rootward.curvature.saved import has_curvature, load_curvature, save_curvature
+from rootward.curvature.saved import check_curvature, has_curvature, load_curvature, save_curvature
 
 
 def curvature_key(inputs: MethodInputs, config: FitConfig, scales: Mapping[str, Scale] | None = None) -> dict[str, Any]:
@@ -24,7 +24,9 @@ def curvature_key(inputs: MethodInputs, config: FitConfig, scales: Mapping[str, 
     if scales is not None:
         sides = [float(side.double().sum()) for name in inputs.tracked.layout.names for side in scales[name]]
         found["scales"] = digest_json(sides)[:16]
-    return found | {f"fit.{name}": value for name, value in config.model_dump(mode="json").items()}
+    # what "auto" means here: two machines must not share a key for different numbers
+    settings = {**config.model_dump(mode="json"), "bf16": config.quick(inputs.subject.model)}
+    return found | {f"fit.{name}": value for name, value in settings.items()}
 
 
 def fitted(
@@ -39,7 +41,7 @@ def fitted(
     Args:
         inputs: model, documents and batches; what was fitted before with the same inputs is used again.
         config: how it is fitted.
-        damping: its default damping; the number of documents depends on it too.
+        damping: what the curvature has by default; how it is fitted does not depend on it.
         folder: read it from here; where there is none, fit it and keep it here. A fit that was stopped goes on.
         scales: rescale gradients first.
 
@@ -48,27 +50,31 @@ def fitted(
         NumericalError: a loss or covariance that is not finite.
     """
     key = curvature_key(inputs, config, scales)
-    identity = digest_json({**key, "damping": [damping.relative, damping.absolute, damping.scope]})
+    identity = digest_json(key)
+    kept = folder is not None and has_curvature(folder)
+    if folder is not None and kept:
+        check_curvature(folder, key)
+    found: Fitted
     if identity in inputs.fits:
-        known: Fitted = inputs.fits[identity]
-        if folder is not None and not has_curvature(folder):
-            save_curvature(folder, known.curvature, key, known.record.model_dump(mode="json"))
-        return known
-    if folder is not None and has_curvature(folder):
+        found = inputs.fits[identity]
+    elif folder is not None and kept:
         curvature, record = load_curvature(folder, key)
-        found = Fitted(curvature.damped(damping), FitRecord.model_validate(record))
+        found = Fitted(curvature, FitRecord.model_validate(record))
     else:
-        parts = None if folder is None else Parts(folder, identity)
-        found = replace(_fit(inputs, config, scales), damping=damping, parts=parts).run()
-        if folder is not None and parts is not None:
-            save_curvature(folder, found.curvature, key, found.record.model_dump(mode="json"))
-            parts.clear()
+        parts = None if folder is None else Parts(folder, identity, str(inputs.subject.device))
+        found = replace(_fit(inputs, config, scales), parts=parts).run()
+    if folder is not None and not kept:
+        save_curvature(folder, found.curvature, key, found.record.model_dump(mode="json"))
+        Parts(folder, identity).clear()
     inputs.fits[identity] = found
-    return found
+    return replace(found, curvature=found.curvature.damped(damping))
 
 
 def joined(inputs: MethodInputs, config: FitConfig, base: Fitted, count: int) -> JointCurvature:
-    """The ``count`` largest entries of a fitted EK-FAC's eigenbasis taken jointly, at the subject's present weights."""
+    """The ``count`` largest entries of the eigenbasis of the EK-FAC fitted with this config, taken jointly.
+
+    At the subject's present weights, with the base's damping over the whole matrix.
+    """
     key = digest_json({**curvature_key(inputs, config), "joint": count})
     if key not in inputs.fits:
         inputs.fits[key] = fit_joint(_fit(inputs, config, None), base.curvature, count)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rootward.capture.hvp import CurvatureProducts
 from rootward.capture.inputs import _free_memory
 from rootward.capture.projection import Projection
-from rootward.capture.run import run_pass
+from rootward.capture.run import predictions_of, run_pass
 from rootward.capture.sinks import BaseSink
 from rootward.capture.sites import Tracked
 from rootward.core.block import Block, Factor, widened
@@ -80,13 +80,6 @@ class GradientRows(BaseSink):
         super().end()
 
 
-def _outputs(model: nn.Module, objective: Objective, example: Example) -> int:
-    """Number of outputs for a target."""
-    with torch.no_grad():
-        batch = objective.collate([example], next(model.parameters()).device)
-        return objective.predictions(model, batch).outputs.shape[1]
-
-
 def _labels(
     model: nn.Module, objective: Objective, examples: Sequence[Example], kind: Kind, labels: Labels | None
 ) -> Labels | None:
@@ -96,7 +89,7 @@ def _labels(
     if kind == "fisher" and labels is not None:
         return labels
     single = all(example.targets == 1 for example in examples)
-    if single and _outputs(model, objective, examples[0]) <= MOST_LABELS:
+    if single and predictions_of(model, objective, examples[0]).outputs.shape[1] <= MOST_LABELS:
         return Labels("exact")
     return Labels("sampled") if kind == "fisher" else None
 
@@ -189,7 +182,7 @@ def gram_curvature(
         )
     each = chosen.draws if chosen.kind == "sampled" else 1
     if chosen.kind == "exact":
-        each = _outputs(model, objective, examples[0])
+        each = predictions_of(model, objective, examples[0]).outputs.shape[1]
     need = 8 * len(examples) * each * tracked.layout.size
     if need > 0.5 * _free_memory(torch.device("cpu")):
         raise InputError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from rootward.capture.fitparts import Parts
 from rootward.capture.moments import CovarianceSums, SecondMoments
+from rootward.capture.precision import native_bfloat16
 from rootward.capture.rescaling import Rescaled, Scale
-from rootward.capture.run import run_pass
+from rootward.capture.run import predictions_of, run_pass
 from rootward.capture.sinks import BaseSink
 from rootward.capture.sites import Tracked
 from rootward.core.errors import InputError
@@ -28,7 +29,7 @@ from rootward.core.hashing import digest
 from rootward.core.progress import Progress, silent
 from rootward.core.records import Model
 from rootward.curvature.agreement import Overlap, combined, needed, of_eigenvalues, of_side, reached
-from rootward.curvature.base import DEFAULT, Damping
+from rootward.curvature.base import DEFAULT, RELATIVE, Damping
 from rootward.curvature.kronecker import Basis, Covariances, Eigenbases, KroneckerCurvature, flat
 from rootward.subject.encode import Example
 from rootward.subject.objectives import Objective
@@ -66,14 +67,32 @@ class FitConfig(Model):
         lt=1,
         description="wanted correlation of scores with those of eigenvalues without sampling error",
     )
+    damping: float = Field(
+        default=RELATIVE,
+        ge=0,
+        description="over a block's mean eigenvalue, in the estimate of the agreement; scores may be damped otherwise",
+    )
+    bf16: Literal["auto", "never"] = Field(
+        default="auto",
+        description="auto: covariances and rotations of wide sides in bfloat16 where the processor has it",
+    )
     seed: int = Field(default=0, ge=0)
+
+    def quick(self, model: nn.Module) -> bool:
+        """Whether wide products are in bfloat16: what ``bf16`` stands for with this model on this machine."""
+        first = next(model.parameters())
+        return self.bf16 == "auto" and first.dtype != torch.float64 and native_bfloat16(first.device)
 
 
 class FitRecord(Model):
     """What a fit used, and how far its sampling can be felt: correlations of scores (see `curvature.agreement`).
 
-    ``half_agreement`` is that of eigenvalues from two halves, ``input_agreement`` what the inputs' covariances allow,
-    ``agreement`` that of everything together with an endless sample's; None where nothing was estimated.
+    ``half_agreement`` is that of eigenvalues from two halves of the documents, ``label_agreement`` that of eigenvalues
+    from two seeds of sampled labels, on the first `FIRST` documents alone. ``input_agreement`` is what the inputs'
+    covariances allow, judged by one block of each shape; ``agreement`` puts it together with that of the eigenvalues
+    from all sampled documents, as a correlation with scores from an endless sample. Errors of the output gradients'
+    covariances, and of blocks that differ from the one looked at, are not in it. All at the fit's ``damping``; None
+    where nothing was estimated. ``asked`` is the agreement that was asked for.
     """
 
     kind: str
@@ -83,7 +102,9 @@ class FitRecord(Model):
     covariance_documents: int = 0
     covariance_tokens: int = 0
     documents: int = 0
+    asked: float | None = None
     agreement: float | None = None
+    label_agreement: float | None = None
     half_agreement: float | None = None
     input_agreement: float | None = None
     dead: tuple[str, ...] = ()
@@ -99,10 +120,14 @@ class FitRecord(Model):
         parts.append({"data": "the data's labels", "exact": "every label by its probability"}.get(self.labels, ""))
         if self.labels == "sampled":
             parts[-1] = f"labels sampled from the model ({self.draws} a document)"
+        if self.label_agreement is not None:
+            parts[-1] += f", scores of two label seeds correlate at {self.label_agreement:.3f} on {FIRST} documents"
         if self.agreement is not None:
+            below = self.asked is not None and self.agreement < self.asked
             parts.append(
-                f"scores should correlate at {self.agreement:.3f} with those of an endless sample (eigenvalues of two "
-                f"halves: {self.half_agreement:.3f})"
+                f"scores should correlate at {self.agreement:.3f} with those of an endless sample"
+                f"{f', below the {self.asked:g} asked for' if below else ''} (eigenvalues of two halves: "
+                f"{self.half_agreement:.3f}; covariances of output gradients are not in it)"
             )
         if self.dead:
             parts.append(f"no curvature in {len(self.dead)} parameters, first {self.dead[0]}")
@@ -123,7 +148,8 @@ class Fitted:
 class Fit:
     """All that a fit reads. ``examples`` are sampled from; nothing is kept between calls but ``parts`` on disk.
 
-    With ``scales`` the curvature is that of rescaled gradients (`capture.rescaling`).
+    ``damping`` is what the curvature has by default; no number depends on it. With ``scales`` the curvature is that of
+    rescaled gradients (`capture.rescaling`).
     """
 
     model: nn.Module
@@ -166,16 +192,7 @@ class Fit:
 
     def _predictions(self) -> Predictions:
         """Of the shortest document."""
-        few = min(self.examples, key=lambda e: e.length)
-        device = next(self.model.parameters()).device
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                return self.objective.predictions(self.model, self.objective.collate([few], device))
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        return predictions_of(self.model, self.objective, min(self.examples, key=lambda e: e.length))
 
     def _order(self) -> list[int]:
         """The documents in the order in which they are sampled: by a hash of seed and id, wherever they stand."""
@@ -262,7 +279,9 @@ class Fit:
 
     def _covariances(self, rows: list[int], half: int | None, labels: Labels) -> CovarianceSums:
         """Sums of one half of the inputs' sample, or (None) of the output gradients'."""
-        sums = CovarianceSums(self.tracked.layout, "outputs" if half is None else "inputs")
+        sums = CovarianceSums(
+            self.tracked.layout, "outputs" if half is None else "inputs", quick=self.config.quick(self.model)
+        )
         name = sums.wanted if half is None else f"{sums.wanted}-{half}"
         if self.parts is None or not self.parts.load_covariances(name, sums):
             self.feed(rows, sums, labels, f"covariances of {sums.wanted}")
@@ -271,9 +290,12 @@ class Fit:
         return sums
 
     def _input_agreement(self, bases: Eigenbases, halves: list[CovarianceSums]) -> float:
-        """Correlation with an endless sample's scores that the inputs' covariances allow; one block of each shape."""
+        """Correlation with an endless sample's scores that the inputs' covariances allow.
+
+        Judged by the first block of each shape, one of its sides at a time; output gradients are taken as known.
+        """
         first, second = (half.result() for half in halves)
-        covariances, kfac = bases.covariances, bases.kfac(self.damping)
+        covariances, kfac = bases.covariances, bases.kfac(Damping(self.config.damping))
         total, seen = Overlap(), set[tuple[int, ...]]()
         for name in self.tracked.layout.names:
             shape = self.tracked.layout.shape(name)
@@ -304,26 +326,49 @@ class Fit:
         self, bases: Mapping[str, Basis], labels: Labels, order: list[int], record: FitRecord
     ) -> tuple[dict[str, Tensor], FitRecord]:
         """Second moments in the bases, from as many documents as it takes."""
-        began = time.perf_counter()
-        total = SecondMoments(self.tracked.layout, bases, groups=2)
-        wanted = self.config.documents
-        end = min(len(order), wanted if wanted is not None else FIRST)
-        done, half = 0, None
+        began, damping, layout = time.perf_counter(), Damping(self.config.damping), self.tracked.layout
+        wanted = len(order) if self.config.documents is None else min(self.config.documents, len(order))
+        total = self._squares(bases)
+        done, end, half, twin = 0, min(wanted, FIRST), None, None
         while done < end:
-            part = SecondMoments(self.tracked.layout, bases, groups=2)
-            if self.parts is None or not self.parts.load_moments(part, done, end):
-                self.feed(order[done:end], part, labels, "eigenvalues")
-                if self.parts is not None:
-                    self.parts.save_moments(part, done, end)
-            total.merge(part)
+            total.merge(self._part(bases, labels, order, done, end))
+            if done == 0 and labels.kind == "sampled":
+                # other labels of the same documents: what sampling them alone changes
+                other = self._part(bases, replace(labels, seed=labels.seed + 1), order, 0, end, "labels")
+                twin = of_eigenvalues(layout, total.result(), other.result(), damping)
             done = end
-            half = of_eigenvalues(self.tracked.layout, total.group(0), total.group(1), self.damping)
-            if wanted is None:
-                end = min(len(order), max(done, needed(half, done, self.config.agreement)))
+            half = of_eigenvalues(layout, total.group(0), total.group(1), damping)
+            fixed = self.config.documents is not None
+            end = wanted if fixed else min(wanted, max(done, needed(half, done, self.config.agreement)))
         sure = None if half is None or done < 4 else reached(half)
         if sure is not None and record.input_agreement is not None:
             sure = combined(sure, record.input_agreement)
-        seconds = {**record.seconds, "eigenvalues": time.perf_counter() - began}
-        return total.result(), record.model_copy(
-            update={"documents": done, "half_agreement": half, "agreement": sure, "seconds": seconds}
-        )
+        found = {
+            "documents": done,
+            "asked": self.config.agreement,
+            "half_agreement": half,
+            "label_agreement": twin,
+            "agreement": sure,
+            "seconds": {**record.seconds, "eigenvalues": time.perf_counter() - began},
+        }
+        return total.result(), record.model_copy(update=found)
+
+    def _squares(self, bases: Mapping[str, Basis]) -> SecondMoments:
+        return SecondMoments(self.tracked.layout, bases, groups=2, quick=self.config.quick(self.model))
+
+    def _part(
+        self,
+        bases: Mapping[str, Basis],
+        labels: Labels,
+        order: list[int],
+        first: int,
+        last: int,
+        name: str = "moments",
+    ) -> SecondMoments:
+        """Squares of sampled documents first to last, read from disk where they were finished before."""
+        part = self._squares(bases)
+        if self.parts is None or not self.parts.load_moments(part, first, last, name):
+            self.feed(order[first:last], part, labels, "eigenvalues")
+            if self.parts is not None:
+                self.parts.save_moments(part, first, last, name)
+        return part

@@ -22,6 +22,8 @@ class Parts:
 
     folder: Path
     key: str
+    device: str = "cpu"
+    """Where finished sums are read to: they are added to those of the passes that are left."""
 
     def save_covariances(self, name: str, sums: CovarianceSums) -> None:
         """Write finished sums of inputs or outputs."""
@@ -39,13 +41,13 @@ class Parts:
             getattr(sums, each).update(meta[each])
         return True
 
-    def save_moments(self, part: SecondMoments, first: int, last: int) -> None:
+    def save_moments(self, part: SecondMoments, first: int, last: int, name: str = "moments") -> None:
         """Write the finished squares of sampled documents first to last."""
-        self._write(f"moments-{first}-{last}", part.sums, {"documents": part.documents.tolist()})
+        self._write(f"{name}-{first}-{last}", part.sums, {"documents": part.documents.tolist()})
 
-    def load_moments(self, part: SecondMoments, first: int, last: int) -> bool:
+    def load_moments(self, part: SecondMoments, first: int, last: int, name: str = "moments") -> bool:
         """Fill the squares of these sampled documents if they were finished before."""
-        found = self._read(f"moments-{first}-{last}")
+        found = self._read(f"{name}-{first}-{last}")
         if found is None:
             return False
         tensors, meta = found
@@ -79,7 +81,7 @@ class Parts:
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as handle:
+            with safe_open(path, "pt", self.device) as handle:
                 text = handle.metadata() or {}
                 if text.get("key") != self.key:
                     return None

@@ -150,6 +150,13 @@ class MethodInputs:
             progress=self.progress,
             task="token scores" if tokens else "documents",
         )
+        bad = (~torch.isfinite(sink.dots).all(0)).nonzero().flatten().tolist()
+        if bad:
+            raise NumericalError(
+                f"the products of {len(bad)} documents with the queries are not finite, first document "
+                f"{examples[bad[0]].id} (row {examples[bad[0]].row}); look at that document's gradient, load the model "
+                "with dtype float32, or leave such documents out (skip_not_finite)"
+            )
         return sink
 
     def per_document(self) -> float:

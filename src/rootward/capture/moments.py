@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rootward.capture.precision import TOKENS, WIDE, product
 from rootward.capture.sinks import BUFFER, BaseSink
 from rootward.core.block import Block, Factor, LookupFactor, MatrixFactor, VectorFactor, widened
 from rootward.core.errors import ArtefactError, LayoutMismatch
@@ -41,8 +42,11 @@ class CovarianceSums(BaseSink):
 
     positions = True
 
-    def __init__(self, layout: ParamLayout, sides: Literal["both", "inputs", "outputs"] = "both") -> None:
+    def __init__(
+        self, layout: ParamLayout, sides: Literal["both", "inputs", "outputs"] = "both", *, quick: bool = False
+    ) -> None:
         super().__init__(layout)
+        self.quick = quick
         self.backward, self.inputs = sides != "inputs", sides == "inputs"
         self.wanted = sides
         self.sums: dict[str, Tensor] = {}
@@ -136,7 +140,7 @@ class CovarianceSums(BaseSink):
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if key not in self.sums:
             self.sums[key] = torch.zeros(d, d, dtype=x.dtype, device=x.device)
-        _add_symmetric(self.sums[key], x)
+        _add_symmetric(self.sums[key], x, quick=self.quick)
         self._count(key, len(x))
         return key
 
@@ -203,9 +207,13 @@ _TILE = 512
 """Width from which the lower half of ``x^T x`` is left out, tile by tile."""
 
 
-def _add_symmetric(total: Tensor, x: Tensor) -> None:
+def _add_symmetric(total: Tensor, x: Tensor, *, quick: bool = False) -> None:
     """Add ``x^T x`` to the upper triangle's tiles of ``total``; what lies below the diagonal tiles is not kept up."""
     d = x.shape[-1]
+    if quick and d >= WIDE and x.dtype == torch.float32:
+        for part in x.bfloat16().split(TOKENS):  # each product is rounded: the sum is of float32
+            total += part.T @ part
+        return
     step = d if d < 2 * _TILE else max(_TILE // 2, d // 8)
     for start in range(0, d, step):
         stop = min(start + step, d)
@@ -225,8 +233,11 @@ class SecondMoments(BaseSink):
 
     positions = True
 
-    def __init__(self, layout: ParamLayout, bases: Mapping[str, Basis], groups: int = 1) -> None:
+    def __init__(
+        self, layout: ParamLayout, bases: Mapping[str, Basis], groups: int = 1, *, quick: bool = False
+    ) -> None:
         super().__init__(layout)
+        self.quick = quick
         if set(bases) != set(layout.names):
             raise LayoutMismatch(f"second moments: expected bases of {len(layout.names)} parameters, got {len(bases)}")
         self.bases = bases
@@ -287,10 +298,10 @@ class SecondMoments(BaseSink):
         if side is None:
             return x
         if id(side) not in self._shared:
-            return x @ side.to(x)
+            return product(x, side.to(x), quick=self.quick)
         key = (_memory(x), id(side))
         if key not in self._turned:  # x is kept, so that its memory is not given to another within the block
-            self._turned[key] = (x, x @ side.to(x))
+            self._turned[key] = (x, product(x, side.to(x), quick=self.quick))
         return self._turned[key][1]
 
     def _matrix(self, name: str, factor: MatrixFactor, basis: Basis) -> None:

@@ -24,6 +24,7 @@ from rootward.core.block import Factor, LookupFactor, VectorFactor
 from rootward.core.errors import InputError, LayoutMismatch
 from rootward.core.hashing import digest
 from rootward.core.layout import ParamLayout
+from rootward.curvature.kronecker import flat
 
 Sides = tuple[Tensor | None, Tensor | None]
 """``left[rows, k]`` and ``right[cols, m]`` of one parameter; None leaves a side as it is."""
@@ -90,7 +91,7 @@ class Projection:
         if self.rank is not None and self.rank < 1:
             raise InputError(f"projection rank: expected at least 1, or none, got {self.rank}")
         for name, sides in (self.given or {}).items():
-            rows, cols = self._flat(name)
+            rows, cols = flat(self.layout, name)
             for side, width in zip(sides, (rows, cols), strict=True):
                 if side is not None and (side.dim() != 2 or side.shape[0] != width):
                     raise LayoutMismatch(
@@ -128,10 +129,6 @@ class Projection:
         """Both sides of one parameter."""
         return self._sides[name]
 
-    def _flat(self, name: str) -> tuple[int, int]:
-        shape = self.layout.shape(name)
-        return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
-
     def _side_pair(self, name: str) -> Sides:
         if self.given is not None and name in self.given:
             left, right = self.given[name]
@@ -140,7 +137,7 @@ class Projection:
             )
         if self.rank is None:
             return None, None
-        rows, cols = self._flat(name)
+        rows, cols = flat(self.layout, name)
         if len(self.layout.shape(name)) == 1:
             return None, self._gaussian(name, "vector", cols, self.rank * self.rank)
         return self._gaussian(name, "left", rows, self.rank), self._gaussian(name, "right", cols, self.rank)
@@ -156,7 +153,7 @@ class Projection:
         """Projected shape of each parameter."""
         result: dict[str, tuple[int, int]] = {}
         for name in self.layout.names:
-            rows, cols = self._flat(name)
+            rows, cols = flat(self.layout, name)
             left, right = self._sides[name]
             result[name] = (
                 rows if left is None else left.shape[1],
@@ -202,7 +199,7 @@ class Projection:
     def project_one(self, name: str, gradients: Tensor) -> Tensor:
         """Project dense gradients ``[q, *shape]`` of one parameter to ``[q, rows * cols]``."""
         left, right = self._sides[name]
-        rows, cols = self._flat(name)
+        rows, cols = flat(self.layout, name)
         value = gradients.reshape(-1, rows, cols)
         if left is not None:
             value = left.to(value.dtype).T @ value

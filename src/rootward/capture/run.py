@@ -30,7 +30,7 @@ from rootward.core.layout import ParamLayout
 from rootward.core.progress import Progress, silent
 from rootward.subject.encode import Batch, Example
 from rootward.subject.objectives import Objective
-from rootward.subject.predictions import Labels
+from rootward.subject.predictions import Labels, Predictions
 
 DATA = Labels()
 """The documents' own labels."""
@@ -86,6 +86,13 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def predictions_of(model: nn.Module, objective: Objective, example: Example) -> Predictions:
+    """What the model says of one document's targets, in evaluation mode and without gradients."""
+    with _quiet(model), torch.no_grad():
+        batch = objective.collate([example], next(model.parameters()).device)
+        return objective.predictions(model, batch)
+
+
 def _activation_hook(sinks: list[Sink], name: str, current: list[Batch]) -> Callable[..., None]:
     def forward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         value = output if isinstance(output, Tensor) else output[0]
@@ -116,7 +123,7 @@ def _check(losses: Tensor, batch: Batch) -> None:
         rows = batch.rows[~torch.isfinite(losses)].tolist()
         raise NumericalError(
             f"the loss of {len(bad)} documents is not finite, first document {bad[0]} (row {rows[0]}); "
-            "look at that document, or load the model with dtype float32"
+            "look at that document, load the model with dtype float32, or leave such documents out (skip_not_finite)"
         )
 
 
@@ -152,6 +159,7 @@ def run_pass(
     device: torch.device | None = None,
     refused: set[str] | None = None,
     labels: Labels = DATA,
+    finite: bool = True,
 ) -> int:
     """Run the examples through the model once and give every sink each batch's block.
 
@@ -172,6 +180,7 @@ def run_pass(
         refused: where given, collects the parameters of modules without a per-document gradient instead of raising.
         labels: whose labels the losses are at. With "exact" and "sampled" every batch has one forward pass and as many
             backward passes as there are labels or draws, each of which is a block of its own to the sinks.
+        finite: a loss that is not finite is an error; where False the sinks are given it.
 
     Returns:
         The token budget used.
@@ -204,7 +213,7 @@ def run_pass(
             for index, batch, losses in _work(model, objective, examples, token_budget, packing, every, device):
                 current[:] = [batch]
                 if labels.kind == "data":
-                    _one_batch(losses, batch, index, sinks, recorder)
+                    _one_batch(losses, batch, index, sinks, recorder, finite)
                 else:
                     assert recorder is not None
                     _relabelled(model, objective, batch, index, sinks, recorder, labels)
@@ -273,13 +282,19 @@ def _work(
 
 
 def _one_batch(
-    compute: Callable[[], Tensor], batch: Batch, index: Tensor, sinks: Sequence[Sink], recorder: Recorder | None
+    compute: Callable[[], Tensor],
+    batch: Batch,
+    index: Tensor,
+    sinks: Sequence[Sink],
+    recorder: Recorder | None,
+    finite: bool,
 ) -> None:
     if recorder is not None:
         recorder.start(batch)
     with torch.set_grad_enabled(recorder is not None and not recorder.forward):
         losses = compute()
-    _check(losses.detach(), batch)
+    if finite:
+        _check(losses.detach(), batch)
     block = Block(index=index, ids=batch.ids, mask=batch.mask, losses=losses.detach(), trained=batch.trained)
     for sink in sinks:
         sink.begin(block)

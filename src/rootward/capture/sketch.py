@@ -24,6 +24,7 @@ from rootward.core.block import Factor, LookupFactor, VectorFactor
 from rootward.core.errors import InputError, LayoutMismatch
 from rootward.core.hashing import digest
 from rootward.core.layout import ParamLayout
+from rootward.curvature.kronecker import flat
 
 DENSE_ENTRIES = 2**28
 """Entries of a dense matrix that is kept: 1 GB in float32."""
@@ -115,10 +116,10 @@ class Whole:
 
     def project_one(self, name: str, gradients: Tensor) -> Tensor:
         """Rows ``[q, dimension]`` of dense gradients."""
-        flat = gradients.flatten(1)
+        rows = gradients.flatten(1)
         if self.kind == "sjlt":
-            return hashed(flat, self._hashes[name], self.dimension)
-        return flat @ self._matrices[name].to(flat)
+            return hashed(rows, self._hashes[name], self.dimension)
+        return rows @ self._matrices[name].to(rows)
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,12 @@ class Masked:
             found["chosen"] = digest(str(sorted(kept.items())))[:16]
         return found
 
-    def _flat(self, name: str) -> tuple[int, int]:
-        shape = self.layout.shape(name)
-        return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
-
     @cached_property
     def masks(self) -> dict[str, Sides]:
         """Kept entries of both sides, in order; None keeps all."""
         found: dict[str, Sides] = {}
         for name in self.layout.names:
-            rows, cols = self._flat(name)
+            rows, cols = flat(self.layout, name)
             vector = len(self.layout.shape(name)) == 1
             given = self.chosen[name] if self.chosen is not None else (None, None)
             left = None if vector else self._mask(name, "left", rows, self.kept, given[0])
@@ -192,7 +189,7 @@ class Masked:
         """Root of the product of the shares that the random masks keep."""
         found: dict[str, float] = {}
         for name, masks in self.masks.items():
-            pairs = zip(masks, self._flat(name), strict=True)
+            pairs = zip(masks, flat(self.layout, name), strict=True)
             shares = [width / len(mask) for mask, width in pairs if mask is not None]
             found[name] = 1.0 if self.chosen is not None else math.sqrt(math.prod(shares))
         return found
@@ -202,7 +199,7 @@ class Masked:
         """Entries of each parameter between mask and hash."""
         found: dict[str, int] = {}
         for name, masks in self.masks.items():
-            pairs = zip(masks, self._flat(name), strict=True)
+            pairs = zip(masks, flat(self.layout, name), strict=True)
             found[name] = math.prod(width if mask is None else len(mask) for mask, width in pairs)
         return found
 
@@ -251,7 +248,7 @@ class Masked:
     def project_one(self, name: str, gradients: Tensor) -> Tensor:
         """Rows of dense gradients."""
         left, right = self.masks[name]
-        value = _picked(gradients.reshape(len(gradients), *self._flat(name)), right)
+        value = _picked(gradients.reshape(len(gradients), *flat(self.layout, name)), right)
         if left is not None:
             value = value[:, left.to(value.device)]
         return self._finish(name, value.flatten(1))
@@ -291,8 +288,8 @@ class Scaled:
 
     def describe(self) -> dict[str, Any]:
         """What decides the columns."""
-        flat = torch.cat([self.scales[name].detach().double().cpu().flatten() for name in self.layout.names])
-        return {**self.projection.describe(), "scales": digest(flat.numpy().tobytes())[:16]}
+        every = torch.cat([self.scales[name].detach().double().cpu().flatten() for name in self.layout.names])
+        return {**self.projection.describe(), "scales": digest(every.numpy().tobytes())[:16]}
 
     def project(self, name: str, factor: Factor) -> Tensor:
         """Rows of one factor, of a few documents at a time."""

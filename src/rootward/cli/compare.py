@@ -79,13 +79,15 @@ def _dry_run(settings: CompareSettings, plan: ComparisonPlan, talk: Talk) -> int
         if "gradients" in entry.method.card.needs:
             (first, *_) = entry.settings.values()
             config = entry.method.configure(dict(first))
-            passes += len(entry.settings) * (every if getattr(config, "checkpoints", "final") == "all" else 1)
+            default = "all" if "training" in entry.method.card.needs else "final"
+            passes += len(entry.settings) * (every if getattr(config, "checkpoints", default) == "all" else 1)
     scoring = 1.2 * plain * passes
     weights = estimate.parameter_bytes(plan.subject.model)
     training = weights if by_command(plan.subject) else 6 * weights * found.workers
     memory = max(training, estimate.pass_memory(plan.subject, budget) + 4 * tracked.layout.size * len(plan.behaviour))
     details = {
         "methods": len(plan.entries),
+        "settings tuned over": sum(len(entry.settings) for entry in plan.entries if len(entry.settings) > 1),
         "models": found.jobs,
         "models still to make": found.pending,
         "processes": found.workers,
@@ -155,7 +157,7 @@ def show(settings: CompareSettings, talk: Talk) -> None:
     page: Path | None = build(settings.out) if settings.report else None
     table(found, talk)
     tops(found, talk)
-    dampings(found, talk)
+    tuning(found, talk)
     agreement(found, talk)
     for note in found.notes:
         talk.say(f"- {note}")
@@ -230,19 +232,19 @@ def tops(found: Comparison, talk: Talk) -> None:
     talk.table(columns, rows)
 
 
-def dampings(found: Comparison, talk: Talk) -> None:
-    """How the LDS that is reported depends on the damping, the chosen one in brackets."""
+def tuning(found: Comparison, talk: Talk) -> None:
+    """How the LDS that is reported depends on what was tuned, the chosen value in brackets."""
     tuned = [one for one in found.methods if one.curve]
     if not tuned:
         return
-    values = sorted({point.damping for one in tuned for point in one.curve})
+    values = sorted({point.setting for one in tuned for point in one.curve})
     rows: list[list[str]] = []
     for one in tuned:
-        curve = {point.damping: f"{point.reported.value:.2f}" for point in one.curve}
-        if one.damping in curve:
-            curve[one.damping] = f"[{curve[one.damping]}]"
-        rows.append([_name(one), *(curve.get(value, "–") for value in values)])
-    columns = [("LDS by damping, [chosen elsewhere]", "left"), *((f"{value:g}", "right") for value in values)]
+        curve = {point.setting: f"{point.reported.value:.2f}" for point in one.curve}
+        if one.setting in curve:
+            curve[one.setting] = f"[{curve[one.setting]}]"
+        rows.append([f"{_name(one)}: {one.option}", *(curve.get(value, "–") for value in values)])
+    columns = [("LDS by setting, [chosen elsewhere]", "left"), *((f"{value:g}", "right") for value in values)]
     talk.table(columns, rows)
 
 
@@ -251,7 +253,7 @@ def agreement(found: Comparison, talk: Talk) -> None:
     columns = [("", "right"), ("agreement (Spearman)", "left")]
     columns += [(str(n), "right") for n in range(1, len(found.methods) + 1)]
     rows = [
-        [n, one.method, *(f"{value:.2f}".replace("0.", ".") for value in row)]
+        [n, one.method, *(f"{round(value, 2) + 0.0:.2f}".replace("0.", ".") for value in row)]
         for n, (one, row) in enumerate(zip(found.methods, found.agreement, strict=True), 1)
     ]
     talk.table(columns, rows)

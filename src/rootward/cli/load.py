@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rootward.cli.config import config_text, parse_options, resolve
 from rootward.cli.output import Talk, clean, shown
-from rootward.cli.settings import Settings, SubjectSettings
+from rootward.cli.settings import Settings, SubjectSettings, TraceSettings
 from rootward.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def settings_of(command: str, given: Mapping[str, Any], extra: Mapping[str, Any]
         flags["options"] = parse_options(flags.pop("option"), "--option", depth=2)
     if flags.pop("no_report", False):
         flags["report"] = False
-    for key in ("retain", "same_queries", "tune", "allow_few"):  # a switch that was not thrown leaves the file's word
+    for key in ("retain", "same_queries", "allow_few", "skip_not_finite"):  # not thrown: the file's word
         if flags.get(key) is False:
             flags[key] = None
     file = given.get("config") or given.get("config_option")
@@ -68,6 +68,10 @@ def load_subject(settings: SubjectSettings, talk: Talk, retrain: str | None = No
         device=settings.device,
         dtype=settings.weights_dtype,
     )
+    if isinstance(settings, TraceSettings) and settings.skip_not_finite:
+        from rootward.capture.finite import without_not_finite
+
+        subject = without_not_finite(subject, settings.token_budget, talk.progress)
     for note in subject_notes(subject):
         talk.note(note)
     return subject

@@ -43,6 +43,12 @@ TokenBudget = Annotated[
     int | None, typer.Option("--token-budget", metavar="N", help="Padded tokens per batch. Default: what fits.")
 ]
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cpu (default), cuda or cuda:0.")]
+SkipNotFinite = Annotated[
+    bool,
+    typer.Option(
+        "--skip-not-finite", help="Leave out documents whose loss or gradient is not finite; they are counted."
+    ),
+]
 WeightsDtype = Annotated[
     str | None, typer.Option("--weights-dtype", metavar="TYPE", help="float32 (default), bfloat16, float16 or float64.")
 ]
@@ -150,7 +156,8 @@ SubsetSeeds = Annotated[
     typer.Option("--seeds", metavar="0,1", help="Trainings of every subset. Default 0; two give a noise ceiling."),
 ]
 Tune = Annotated[
-    bool, typer.Option("--tune", help="Choose dampings on half of the queries and half as many subsets more.")
+    bool | None,
+    typer.Option("--tune/--no-tune", help="Choose dampings on half the queries and more subsets (default)."),
 ]
 Removal = Annotated[
     str | None, typer.Option("--removal", metavar="N|5%", help="Also train without the top of each ranking.")

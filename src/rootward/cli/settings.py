@@ -82,6 +82,7 @@ class TraceSettings(SubjectSettings):
     hold_out: float | None = Field(None, ge=0, lt=1)
     split_seed: int = Field(0, ge=0)
     split_by: str | None = None
+    skip_not_finite: bool = False
     tokens: int = Field(40, ge=0)
     retrain: str | None = None
     report: bool = True
@@ -125,7 +126,7 @@ class CompareSettings(SubjectSettings):
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_listed)] = Field(
         default_factory=lambda: [0], min_length=1
     )
-    tune: bool = False
+    tune: bool = True
     removal: Count | None = None
     planted: str | None = Field(None, pattern=r"^[^=]+=")
     allow_few: bool = False

@@ -141,8 +141,8 @@ class Block:
     """The documents of one batch.
 
     ``index[n]`` are positions in the pass's document list and ``ids`` their content hashes; ``mask[n,t]`` marks real
-    tokens; ``losses[n]`` are summed over the tokens that are trained on, ``trained[n]`` is their number. ``turn`` counts
-    the backward passes over one batch: it is above 0 where the same documents come again with other labels.
+    tokens; ``losses[n]`` are summed over the tokens that are trained on, ``trained[n]`` is their number. ``turn``
+    counts the backward passes over one batch: it is above 0 where the same documents come again with other labels.
 
     Law: the sum of ``gradient()`` over blocks equals the whole-batch gradient.
     """

@@ -185,10 +185,10 @@ class Verdict(Model):
     notes: list[str] = Field(default_factory=list[str])
 
 
-class DampingPoint(Model):
-    """One damping: its LDS on the part that chooses, and on the part that is reported."""
+class SettingPoint(Model):
+    """One value of the option that was tuned: its LDS on the part that chooses, and on the part that is reported."""
 
-    damping: float
+    setting: float
     tuning: Interval
     reported: Interval
 
@@ -200,8 +200,9 @@ class ComparedMethod(Model):
     ``behind_best`` is the best method's LDS less this one's on the same resamples (None for the best itself);
     ``beats_random``: the interval of the margin over the random baseline lies above 0, and the LDS above the null.
     ``removal`` is the change of the measurement without the top documents, ``beyond_random`` that change less the one
-    without as many random ones, both paired by seed. ``curve`` shows how the LDS depends on the damping where it was
-    tuned; ``at_edge``: the chosen one is the first or last, so a wider range may have a better one.
+    without as many random ones, both paired by seed. ``option`` is what a comparison tunes of this method (its
+    damping, mostly; None: nothing) and ``setting`` the value taken. ``curve`` shows how the LDS depends on it where it
+    was tuned; ``at_edge``: the chosen one is the first or last, so a wider range may have a better one.
     """
 
     method: str
@@ -215,8 +216,9 @@ class ComparedMethod(Model):
     per_query: bool
     beats_random: bool | None = None
     behind_best: Interval | None = None
-    damping: float | None = None
-    curve: list[DampingPoint] = Field(default_factory=list[DampingPoint])
+    option: str | None = None
+    setting: float | None = None
+    curve: list[SettingPoint] = Field(default_factory=list[SettingPoint])
     at_edge: bool = False
     removal: Interval | None = None
     beyond_random: Interval | None = None
@@ -229,7 +231,7 @@ class Comparison(Model):
 
     ``agreement[i][j]`` is Spearman's correlation of the scores of ``methods[i]`` and ``methods[j]`` over documents, the
     mean over the reported queries. ``subsets`` and ``queries`` are those that are reported; the tuning ones chose the
-    damping and, where documents were removed, which. ``recommended`` is None where nothing can be told from a random
+    settings and, where documents were removed, which. ``recommended`` is None where nothing can be told from a random
     order; ``as_good`` are methods that cost less and cannot be told from it. ``few`` marks fewer subsets than an LDS
     needs.
     """

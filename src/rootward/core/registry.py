@@ -13,17 +13,29 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rootward.core.errors import DependencyError, InputError
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """The option of a method that a comparison of methods chooses, and the values that it chooses from."""
+
+    option: str
+    values: tuple[float, ...]
+
+
 class MethodConfig(BaseModel):
-    """Base of every method's config: frozen, unknown keys are errors, defaults are the paper's."""
+    """Base of every method's config: frozen, unknown keys are errors, defaults are the paper's.
+
+    ``TUNED`` says what a comparison of methods tunes; None: nothing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    TUNED: ClassVar[Tuned | None] = None
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,8 @@ class Card:
     """What a method is.
 
     ``needs`` are among "gradients", "activations", "text", "lengths", "nothing", and "training" where the documents'
-    own training run is read: its recipe and start, or its checkpoints with the optimiser's state. ``presets`` are further names that
-    stand for this method with some options set.
+    own training run is read: its recipe and start, or its checkpoints with the optimiser's state. ``presets`` are
+    further names that stand for this method with some options set.
     """
 
     key: str
@@ -88,6 +100,10 @@ def register(
         stem = function.__module__.rsplit(".", 1)[-1]
         if function.__module__.startswith("rootward.methods.") and stem != card.key:
             raise InputError(f"card key {card.key!r} differs from its file name {stem!r}")
+        if config.TUNED is not None and config.TUNED.option not in config.model_fields:
+            raise InputError(
+                f"card {card.key!r}: TUNED names {config.TUNED.option!r}, which is no option of its config"
+            )
         if not card.paper or not card.reference:
             raise InputError(f"card {card.key!r} names no paper or reference")
         names = [name.lower() for name in card.names]

@@ -69,7 +69,8 @@ def of_side(a: Tensor, b: Tensor, others: Tensor, lam: float) -> Overlap:
         if not len(group) or float(group.max()) <= 0 or not bool(mean.any()):
             continue
         scale = float(group.square().mean().sqrt())
-        floor = max(lam, 1e-7 * scale * float(mean.diagonal().mean()))
+        # without damping, directions within rounding of none at all decide: below its root they are not told apart
+        floor = max(lam, torch.finfo(mean.dtype).eps ** 0.5 * scale * float(mean.diagonal().mean()))
         x, y = (_solved(scale * half + floor * unit, scale * mean) for half in (a, b))
         traces = [float((p.T * q).sum()) for p, q in ((x, y), (x, x), (y, y))]
         total += Overlap(*(len(group) * trace for trace in traces))

@@ -28,7 +28,7 @@ from rootward.core.errors import ArtefactError, InputError, LayoutMismatch, Nume
 from rootward.core.layout import ParamLayout
 from rootward.core.records import whole_or_absent
 from rootward.curvature.base import Damping, Gradients, check_gradients, check_power, damped_power
-from rootward.curvature.kronecker import eigenbasis
+from rootward.curvature.kronecker import JITTERED, eigenbasis
 
 SCHEMA = 1
 HESSIAN = "hessian"
@@ -89,7 +89,7 @@ class DenseCurvature:
             )
         values, vectors, jittered = eigenbasis(matrix)
         values = torch.where(values.abs() <= negligible(values, layout.size), 0.0, values)
-        notes = ("the eigendecomposition failed and was repeated with a jitter on the diagonal",) if jittered else ()
+        notes = (JITTERED,) if jittered else ()
         if source != HESSIAN and float(values.min()) < -1e-6 * float(values.abs().max()):
             raise NumericalError(
                 f"exact curvature: expected no negative eigenvalue of a {source} matrix, got {float(values.min()):.3g} "

@@ -24,7 +24,7 @@ from rootward.core.errors import InputError, LayoutMismatch, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.curvature.base import Damping, Gradients, check_gradients, check_power
 from rootward.curvature.dense import as_named, as_rows, negligible
-from rootward.curvature.kronecker import eigenbasis
+from rootward.curvature.kronecker import JITTERED, eigenbasis
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class GramCurvature:
         wide = rows.double()
         values, vectors, jittered = eigenbasis(wide @ wide.T / documents)
         values = torch.where(values <= negligible(values, len(rows)), 0.0, values)
-        notes = ("the eigendecomposition failed and was repeated with a jitter on the diagonal",) if jittered else ()
+        notes = (JITTERED,) if jittered else ()
         return cls(layout, wide, documents, values, vectors, damping or Damping(), notes)
 
     @property

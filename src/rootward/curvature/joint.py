@@ -23,7 +23,7 @@ from torch import Tensor
 from rootward.core.errors import InputError, LayoutMismatch
 from rootward.core.layout import ParamLayout
 from rootward.curvature.base import Damping, Gradients, check_gradients, check_power, damped_power
-from rootward.curvature.kronecker import KroneckerCurvature, eigenbasis, flat, rotate
+from rootward.curvature.kronecker import JITTERED, KroneckerCurvature, eigenbasis, flat, rotate
 
 
 def largest_entries(base: KroneckerCurvature, count: int) -> dict[str, Tensor]:
@@ -45,14 +45,15 @@ def largest_entries(base: KroneckerCurvature, count: int) -> dict[str, Tensor]:
 class JointCurvature:
     """``entries[name]`` are places in a parameter's flattened eigenbasis, in the layout's order rows of ``vectors``.
 
-    ``eigenvalues [k]`` and ``vectors [k, k]`` are those of the entries' second-moment matrix.
+    ``eigenvalues [k]`` and ``vectors [k, k]`` are those of the entries' second-moment matrix, ``notes`` what happened
+    when it was decomposed.
     """
 
     base: KroneckerCurvature
     entries: Mapping[str, Tensor]
     eigenvalues: Tensor
     vectors: Tensor
-    jittered: bool = False
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, base: KroneckerCurvature, entries: Mapping[str, Tensor], moment: Tensor) -> JointCurvature:
@@ -67,8 +68,9 @@ class JointCurvature:
         if tuple(moment.shape) != (count, count):
             raise LayoutMismatch(f"joint: expected second moments ({count}, {count}), got {tuple(moment.shape)}")
         values, vectors, jittered = eigenbasis(moment)
+        notes = (f"joint entries: {JITTERED}",) if jittered else ()
         damping = replace(base.damping, scope="whole")
-        return cls(base.damped(damping), entries, values.clamp_min(0), vectors, jittered)
+        return cls(base.damped(damping), entries, values.clamp_min(0), vectors, notes)
 
     @property
     def layout(self) -> ParamLayout:

@@ -26,10 +26,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rootward.core.errors import InputError, LayoutMismatch, NumericalError
+from rootward.core.errors import LayoutMismatch, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.curvature.base import DEFAULT, Damping, Gradients, check_gradients, check_power, damped_power
 
+JITTERED = "the eigendecomposition failed and was repeated with a jitter on the diagonal"
+"""What is said of a matrix for which `eigenbasis` needed one."""
 Basis = tuple[Tensor | None, Tensor | None]
 """Eigenvectors as columns on both sides of a matrix; None leaves a side as it is."""
 
@@ -187,17 +189,6 @@ class KroneckerCurvature:
             name: rotate(gradients[name].reshape(count, *flat(self.layout, name)), self.blocks[name].basis)
             for name in self.layout.names
         }
-
-    def only(self, names: tuple[str, ...]) -> KroneckerCurvature:
-        """The blocks of some parameters, in the layout's order."""
-        unknown = [name for name in names if name not in self.blocks]
-        if unknown or not names:
-            raise InputError(
-                f"{self.kind}: expected names of its {len(self.blocks)} blocks, got {unknown[0] if unknown else 'none'}"
-            )
-        kept = tuple(name for name in self.layout.names if name in names)
-        layout = ParamLayout(kept, tuple(self.layout.shape(name) for name in kept))
-        return KroneckerCurvature(layout, self.kind, {name: self.blocks[name] for name in kept}, self.damping)
 
 
 @dataclass(frozen=True)

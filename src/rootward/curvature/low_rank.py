@@ -12,6 +12,7 @@ merged without going back to the gradients.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -23,18 +24,22 @@ from rootward.core.errors import InputError, LayoutMismatch, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.curvature.base import Damping, Gradients, check_gradients, check_power, damped_power
 from rootward.curvature.dense import as_named, as_rows, negligible
-from rootward.curvature.kronecker import eigenbasis
+from rootward.curvature.kronecker import JITTERED, eigenbasis
 from rootward.curvature.solvers import Eigenpairs
 
 
 @dataclass(frozen=True)
 class LowRankBlock:
-    """``values[k]`` falling, ``vectors[k, p]`` orthonormal rows over ``layout``, ``rest`` in all other directions."""
+    """``values[k]`` falling, ``vectors[k, p]`` orthonormal rows over ``layout``, ``rest`` in all other directions.
+
+    ``notes`` are what happened when it was made.
+    """
 
     layout: ParamLayout
     values: Tensor
     vectors: Tensor
     rest: float
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         expected = (len(self.values), self.layout.size)
@@ -114,7 +119,7 @@ class LowRankCurvature:
         values = torch.where(values.abs() <= negligible(values, layout.size), 0.0, values)
         left = 0.0 if mean is None else mean * layout.size - float(values.sum())
         rest = max(left, 0.0) / others if others else 0.0
-        block = LowRankBlock(layout, values, pairs.vectors.double(), rest)
+        block = LowRankBlock(layout, values, pairs.vectors.double(), rest, pairs.notes)
         return cls(layout, (block,), documents, damping or Damping())
 
     @property
@@ -126,6 +131,12 @@ class LowRankCurvature:
     def mean(self) -> float:
         """Mean eigenvalue over all parameters."""
         return sum(block.mean * block.layout.size for block in self.blocks) / self.layout.size
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What happened when the blocks were made, and in how many of them."""
+        said = Counter(note for block in self.blocks for note in block.notes)
+        return tuple(f"{count} of {len(self.blocks)} blocks: {note}" for note, count in said.items())
 
     def damped(self, damping: Damping) -> LowRankCurvature:
         """The same with another damping."""
@@ -165,7 +176,9 @@ class LowRankCurvature:
         for mine, theirs in zip(self.blocks, other.blocks, strict=True):
             pair = list(zip((mine, theirs), shares, strict=True))
             factor = torch.cat([(w * (b.values - b.rest)).sqrt().unsqueeze(1) * b.vectors for b, w in pair])
-            blocks.append(_block(mine.layout, factor, rank, sum(w * b.rest for b, w in pair)))
+            found = _block(mine.layout, factor, rank, sum(w * b.rest for b, w in pair))
+            said = tuple(dict.fromkeys((*mine.notes, *theirs.notes, *found.notes)))
+            blocks.append(replace(found, notes=said))
         return LowRankCurvature(self.layout, tuple(blocks), total, self.damping)
 
 
@@ -176,17 +189,18 @@ def _block(layout: ParamLayout, factor: Tensor, rank: int, rest: float) -> LowRa
     within them, so that small eigenvalues do not suffer from the square root of the machine's precision.
     """
     trace = float(factor.square().sum())
-    values, vectors, _ = eigenbasis(factor @ factor.T)
+    values, vectors, first = eigenbasis(factor @ factor.T)
     keep = min(rank, len(values), layout.size)
     values, vectors = values.flip(0)[:keep], vectors.flip(1)[:, :keep]
     vectors = vectors[:, values > negligible(values, len(factor))]
     if vectors.shape[1] == 0:
-        return LowRankBlock(layout, factor.new_zeros(0), factor.new_zeros(0, layout.size), rest + trace / layout.size)
+        empty, rest = factor.new_zeros(0, layout.size), rest + trace / layout.size
+        return LowRankBlock(layout, factor.new_zeros(0), empty, rest, (JITTERED,) if first else ())
     basis: Tensor = cast(Any, torch.linalg).qr(factor.T @ vectors)[0]
-    values, turned, _ = eigenbasis(basis.T @ (factor.T @ (factor @ basis)))
+    values, turned, second = eigenbasis(basis.T @ (factor.T @ (factor @ basis)))
     values, rows = values.flip(0).clamp_min(0), (basis @ turned.flip(1)).T
     others = layout.size - len(values)
     spread = max(trace - float(values.sum()), 0.0) / others if others else 0.0
     # what is left of the trace by rounding alone is nothing, and rounding makes no rest larger than what was kept
     spread = 0.0 if spread <= negligible(values, len(factor)) else min(spread, float(values[-1]))
-    return LowRankBlock(layout, values + rest, rows, rest + spread)
+    return LowRankBlock(layout, values + rest, rows, rest + spread, (JITTERED,) if first or second else ())

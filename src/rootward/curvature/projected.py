@@ -7,6 +7,7 @@ rows, not on gradients by name: a projected row has no shape but its width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -74,6 +75,12 @@ class ProjectedCurvature:
         """Those that are not 0 by rounding, of all blocks, the largest first."""
         found = torch.cat([block.eigenvalues for _, block in self.blocks])
         return found[found > 0].sort(descending=True).values
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What happened when the blocks were decomposed, and in how many of them."""
+        said = Counter(note for _, block in self.blocks for note in block.notes)
+        return tuple(f"{count} of {len(self.blocks)} blocks: {note}" for note, count in said.items())
 
     def damped(self, damping: Damping) -> ProjectedCurvature:
         """The same with another damping."""

@@ -7,7 +7,8 @@ curvature.safetensors   ``vectors.<k>`` (sides that several blocks share are wri
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,36 @@ def has_curvature(folder: Path) -> bool:
     return (folder / "curvature.json").is_file()
 
 
+def _meta(folder: Path, key: Mapping[str, Any] | None) -> dict[str, Any]:
+    place = folder / "curvature.json"
+    meta: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    if meta["schema_version"] != SCHEMA:
+        raise ArtefactError(f"{place}: expected version {SCHEMA}, got {meta['schema_version']}; fit it again")
+    if key is not None and meta["key"] != dict(key):
+        raise ArtefactError(
+            f"{folder}: holds a curvature of another model, other documents or other settings (there -> asked for):"
+            f"\n{difference(meta['key'], key)}\ngive another folder, or remove this one to fit it anew"
+        )
+    return meta
+
+
+@contextmanager
+def _damage(folder: Path) -> Generator[None]:
+    """What reading a damaged folder raises, as an `ArtefactError` that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ArtefactError(f"expected a curvature in {folder}, found none ({error.filename or error})") from error
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise ArtefactError(f"{folder}: a damaged curvature ({error}); remove the folder to fit it anew") from error
+
+
+def check_curvature(folder: Path, key: Mapping[str, Any]) -> None:
+    """`ArtefactError`, with the difference, unless the folder's curvature was fitted to this; no tensor is read."""
+    with _damage(folder):
+        _meta(folder, key)
+
+
 def load_curvature(folder: Path, key: Mapping[str, Any] | None = None) -> tuple[KroneckerCurvature, dict[str, Any]]:
     """The curvature in a folder, and the record of its fit.
 
@@ -83,16 +114,8 @@ def load_curvature(folder: Path, key: Mapping[str, Any] | None = None) -> tuple[
         ArtefactError: there is none, it is damaged, or it is of another model, other documents or other settings; the
             message shows the difference.
     """
-    place = folder / "curvature.json"
-    try:
-        meta: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-        if meta["schema_version"] != SCHEMA:
-            raise ArtefactError(f"{place}: expected version {SCHEMA}, got {meta['schema_version']}; fit it again")
-        if key is not None and meta["key"] != dict(key):
-            raise ArtefactError(
-                f"{folder}: holds a curvature of another model, other documents or other settings (there -> asked for):"
-                f"\n{difference(meta['key'], key)}\ngive another folder, or remove this one to fit it anew"
-            )
+    with _damage(folder):
+        meta = _meta(folder, key)
         tensors: dict[str, Tensor] = load_file(folder / "curvature.safetensors")
         layout = ParamLayout(tuple(n for n, _ in meta["layout"]), tuple(tuple(s) for _, s in meta["layout"]))
         blocks = {
@@ -103,7 +126,3 @@ def load_curvature(folder: Path, key: Mapping[str, Any] | None = None) -> tuple[
         }
         relative, absolute, scope = meta["damping"]
         return KroneckerCurvature(layout, meta["kind"], blocks, Damping(relative, absolute, scope)), meta["record"]
-    except FileNotFoundError as error:
-        raise ArtefactError(f"expected a curvature in {folder}, found none ({error.filename or error})") from error
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise ArtefactError(f"{folder}: a damaged curvature ({error}); remove the folder to fit it anew") from error

@@ -15,7 +15,7 @@ from rootward.core.errors import InputError, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.curvature.base import Curvature, Gradients, check_gradients
 from rootward.curvature.dense import as_named, as_rows
-from rootward.curvature.kronecker import eigenbasis
+from rootward.curvature.kronecker import JITTERED, eigenbasis
 
 Operator = Callable[[Gradients], dict[str, Tensor]]
 """``A x`` for every query: ``{name: [q, *shape]}`` to the same."""
@@ -183,18 +183,19 @@ def lissa(
 class Eigenpairs:
     """``values[k]`` by falling magnitude, ``vectors[k, P]`` as rows, and ``residuals[k] = |A v - value v|``.
 
-    ``complete``: nothing of the matrix is left outside the vectors.
+    ``complete``: nothing of the matrix is left outside the vectors. ``notes`` are what happened on the way.
     """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
     complete: bool = False
+    notes: tuple[str, ...] = ()
 
     def largest(self, count: int) -> Eigenpairs:
         """The ``count`` largest by magnitude."""
         whole = self.complete and count >= len(self.values)
-        return Eigenpairs(self.values[:count], self.vectors[:count], self.residuals[:count], whole)
+        return Eigenpairs(self.values[:count], self.vectors[:count], self.residuals[:count], whole, self.notes)
 
 
 def arnoldi(
@@ -253,12 +254,13 @@ def arnoldi(
     if found == 0:  # the matrix is zero
         return Eigenpairs(start.new_zeros(1).double(), basis[:1], start.new_zeros(1).double(), True)
     small = (inner[:found, :found] + inner[:found, :found].T) / 2
-    values, vectors, _ = eigenbasis(small)
+    values, vectors, jittered = eigenbasis(small)
     order = values.abs().argsort(descending=True)
     values, vectors = values[order], vectors[:, order]
     complete = complete or found == layout.size
     residuals = torch.zeros_like(values) if complete else left * vectors[-1].abs()
-    return Eigenpairs(values, vectors.T.to(basis) @ basis[:found], residuals, complete)
+    notes = (f"arnoldi: {JITTERED}",) if jittered else ()
+    return Eigenpairs(values, vectors.T.to(basis) @ basis[:found], residuals, complete, notes)
 
 
 def _orthogonal(basis: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -104,6 +105,7 @@ class Subject:
         self.parameters = parameters or _default_parameters(model, recipe)
         self.notes: tuple[str, ...] = tuple(notes)
         self._start = start
+        self._left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Subject({self.name!r}, {len(self.documents)} documents, {type(self.model).__name__})"
@@ -227,6 +229,28 @@ class Subject:
             parameters=parameters,
         )
 
+    def without(self, positions: Sequence[int], reason: str) -> Subject:
+        """The same model and documents, of which those at these places of ``encoded`` are not used.
+
+        They are counted in ``encoded.dropped`` under the reason and named in ``notes``, get no score, and are part of
+        the `fingerprint`. What is worked out from the recipe (steps, rates) counts the documents that are left.
+
+        Raises `InputError` where none is left.
+        """
+        gone = set(positions)
+        kept = [example for n, example in enumerate(self.encoded) if n not in gone]
+        if not kept:
+            raise InputError(f"{self.name}: expected documents that can be used, none of {len(gone)} can ({reason})")
+        if not gone:
+            return self
+        found = copy(self)
+        found.encoded = Encoded(kept, {**self.encoded.dropped, reason: len(gone)})
+        first = self.encoded[min(gone)]
+        note = f"{len(gone)} documents left out, {reason}: first document {first.id} (row {first.row})"
+        found.notes = (*self.notes, note)
+        found._left_out = (*self._left_out, *(self.encoded[n].id for n in sorted(gone)))
+        return found
+
     @property
     def device(self) -> torch.device:
         """Where the model's parameters lie."""
@@ -240,6 +264,7 @@ class Subject:
             "objective": digest_json(self.objective.describe()),
             "parameters": self.parameters or "default",
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            **({"left out": digest_json(self._left_out)} if self._left_out else {}),
         }
 
     def origin(self) -> dict[str, str]:

@@ -21,9 +21,13 @@ class _Supervised:
     unit = "nats"
     kind = "supervised"
 
+    def __init__(self, padding: int | None = None) -> None:
+        """``padding`` is the entry of integer sequences that fills them up: it is no token of the document."""
+        self.padding = padding
+
     def describe(self) -> dict[str, Any]:
-        """The kind of objective is all there is to set."""
-        return {"kind": self.kind}
+        """The kind of objective, and the padding where there is one."""
+        return {"kind": self.kind} | ({} if self.padding is None else {"padding": self.padding})
 
     def encode(self, documents: Documents) -> Encoded:
         """Every document is usable; `InputError` for one without x and y, or with a shape of its own."""
@@ -64,11 +68,16 @@ class _Supervised:
         return Batch(
             inputs={"x": x.to(device)},
             targets=y.to(device),
-            mask=torch.ones(n, t, dtype=torch.bool, device=device),
+            mask=self._mask(x, n, t).to(device),
             trained=torch.ones(n, dtype=torch.int64, device=device),
             rows=torch.tensor([example.row for example in examples], dtype=torch.int64, device=device),
             ids=tuple(example.id for example in examples),
         )
+
+    def _mask(self, x: Tensor, n: int, t: int) -> Tensor:
+        if self.padding is None or x.dim() != 2 or x.is_floating_point():
+            return torch.ones(n, t, dtype=torch.bool)
+        return x != self.padding
 
     def _outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         x = batch.inputs["x"]

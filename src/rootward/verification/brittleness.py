@@ -8,13 +8,14 @@ from then on the other answer is the likelier one. The largest class of a classi
 The smallest number is found by bisection over a grid of counts, which takes about log2(grid) trainings per query
 instead of one for each count. Bisection takes for granted that an answer that has flipped stays flipped as more go;
 what is always true of the number reported is that it flips the answer and that the next smaller one of the grid does
-not. As many random documents, dropped likewise, are the control. After the brittleness of predictions in Ilyas et al.
-2022, Datamodels (arXiv 2202.00622), where the counts come from a datamodel and are checked by retraining.
+not. As many random documents, dropped likewise, are the control. Baselines (BM25, representation similarity, length)
+are methods like any other here; all methods take their rounds together. After the brittleness of predictions in Ilyas
+et al. 2022, Datamodels (arXiv 2202.00622), where the counts come from a datamodel and are checked by retraining.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from rootward.verification.arms import random_rows, top_rows
 from rootward.verification.evaluation import Evaluation
 from rootward.verification.jobs import Job
 from rootward.verification.retrain import run_jobs
-from rootward.verification.subsets import check_seeds, joined
+from rootward.verification.subsets import by_name, check_seeds, joined, pick
 
+Key = tuple[str, int]
+"""A method and the number of a query."""
 GRID = ("1%", "2%", "5%", "10%", "20%", "40%")
 
 
@@ -52,24 +55,34 @@ class Flip(Model):
     random_flips: bool
 
 
-class Brittleness(Model):
+class Flips(Model):
     """All queries of one method. ``flipped`` and ``random_flipped`` are shares of the queries.
 
     ``median`` is the median count, those that did not flip counting as more than any: None if that is half or more.
     """
 
-    schema_version: int = SCHEMA_VERSION
     method: str
+    flips: list[Flip]
+    flipped: float
+    random_flipped: float
+    median: float | None
+
+
+class Brittleness(Model):
+    """All methods; the random documents of a count are the same for all of them."""
+
+    schema_version: int = SCHEMA_VERSION
     behaviour: str
     unit: str
     threshold: float
     grid: list[int]
     total: int
     seeds: list[int]
-    flips: list[Flip]
-    flipped: float
-    random_flipped: float
-    median: float | None
+    methods: list[Flips]
+
+    def of(self, method: str) -> Flips:
+        """One method by name; `InputError` lists those there are."""
+        return pick(self.methods, method)
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,7 @@ class _Retraining:
 
 def brittleness(
     subject: Subject,
-    scores: Scores,
+    scores: Scores | Mapping[str, Scores],
     behaviour: Behaviour,
     *,
     grid: Sequence[int | str] = GRID,
@@ -116,11 +129,11 @@ def brittleness(
     workers: int | None = None,
     progress: Progress = silent,
 ) -> Brittleness:
-    """The smallest number of top documents, of those in ``grid``, whose removal flips each query's answer.
+    """Each method's smallest number of top documents, of those in ``grid``, whose removal flips each query's answer.
 
     Args:
         subject: what is trained; its own model is not touched.
-        scores: of the same queries, or one ranking for all.
+        scores: methods and baselines by name; each of the same queries, or one ranking for all.
         behaviour: what is measured.
         grid: numbers of documents, or shares of the usable ones.
         threshold: the value that a measurement has to cross.
@@ -134,78 +147,96 @@ def brittleness(
         RootwardError: a training failed; those that were finished stay.
     """
     check_seeds(subject, seeds)
-    usable = subject.encoded.rows
+    usable, named = subject.encoded.rows, by_name(scores)
     counts = _counts(grid, len(usable))
     names = [query.name for query in behaviour.queries]
-    values = np.zeros((len(names), len(subject.documents)))
-    values[:, list(usable)] = joined(scores, names, subject.encoded.ids)
+    tables: dict[str, NDArray[np.float64]] = {}
+    for method, table in named.items():
+        tables[method] = np.zeros((len(names), len(subject.documents)))
+        tables[method][:, list(usable)] = joined(table, names, subject.encoded.ids)
     work = _Retraining(subject, Evaluation(behaviour, None, 0), tuple(seeds), Path(cache), workers, progress)
     before = work.without({"full": work.alike(())})["full"]
     above = before > threshold
-    signed = np.where(above[:, None], values, -values)
+    signed = {
+        (method, q): table[q] if above[q] else -table[q] for method, table in tables.items() for q in range(len(names))
+    }
 
     def flips(q: int, value: float) -> bool:
         return bool((value > threshold) != above[q])
 
     found, after = _search(work, signed, counts, flips)
-    sizes = [counts[min(place, len(counts) - 1)] for place in found]
-    drawn = {f"random {size}": {seed: random_rows(usable, size, seed) for seed in seeds} for size in set(sizes)}
+    sizes = {key: counts[min(place, len(counts) - 1)] for key, place in found.items()}
+    drawn = {
+        f"random {size}": {seed: random_rows(usable, size, seed) for seed in seeds}
+        for size in sorted(set(sizes.values()))
+    }
     control = work.without(drawn)
-    result: list[Flip] = []
-    for q, name in enumerate(names):
-        beside = float(control[f"random {sizes[q]}"][q])
-        result.append(
-            Flip(
-                query=name,
-                before=float(before[q]),
-                documents=counts[found[q]] if found[q] < len(counts) else None,
-                after=after[q],
-                random_after=beside,
-                random_flips=flips(q, beside),
-            )
+
+    def flip(key: Key) -> Flip:
+        beside = float(control[f"random {sizes[key]}"][key[1]])
+        return Flip(
+            query=names[key[1]],
+            before=float(before[key[1]]),
+            documents=counts[found[key]] if found[key] < len(counts) else None,
+            after=after[key],
+            random_after=beside,
+            random_flips=flips(key[1], beside),
         )
-    median = float(np.median([np.inf if flip.documents is None else flip.documents for flip in result]))
+
     return Brittleness(
-        method=scores.method,
         behaviour=behaviour.name,
         unit=behaviour.unit,
         threshold=threshold,
         grid=counts,
         total=len(usable),
         seeds=list(seeds),
-        flips=result,
-        flipped=float(np.mean([flip.documents is not None for flip in result])),
-        random_flipped=float(np.mean([flip.random_flips for flip in result])),
+        methods=[_summed(method, [flip((method, q)) for q in range(len(names))]) for method in named],
+    )
+
+
+def _summed(method: str, flips: list[Flip]) -> Flips:
+    median = float(np.median([np.inf if flip.documents is None else flip.documents for flip in flips]))
+    return Flips(
+        method=method,
+        flips=flips,
+        flipped=float(np.mean([flip.documents is not None for flip in flips])),
+        random_flipped=float(np.mean([flip.random_flips for flip in flips])),
         median=median if np.isfinite(median) else None,
     )
 
 
 def _search(
-    work: _Retraining, signed: NDArray[np.float64], counts: list[int], flips: Callable[[int, float], bool]
-) -> tuple[list[int], list[float]]:
-    """For each query, the place in ``counts`` of the smallest that flips it (their number: none), and the value then.
+    work: _Retraining,
+    signed: Mapping[Key, NDArray[np.float64]],
+    counts: list[int],
+    flips: Callable[[int, float], bool],
+) -> tuple[dict[Key, int], dict[Key, float]]:
+    """By method and query, the place in ``counts`` of the smallest that flips it (their number: none), and the value.
 
-    All queries take their next step together, so that the trainings of a round can run side by side.
+    All take their next step together, so that the trainings of a round can run side by side.
     """
     usable, last = work.subject.encoded.rows, len(counts) - 1
-    low, high = [0] * len(signed), [last + 1] * len(signed)  # the place sought lies in low..high
-    after = [0.0] * len(signed)
-    asked = {q: last for q in range(len(signed))}
+    low, high = dict.fromkeys(signed, 0), dict.fromkeys(signed, last + 1)  # the place sought lies in low..high
+    after: dict[Key, float] = {}
+    asked = dict.fromkeys(signed, last)
     while asked:
         gone = {
-            f"query {q} without {counts[place]}": work.alike(top_rows(signed[q], usable, counts[place]))
-            for q, place in asked.items()
+            f"{method}, query {q} without {counts[place]}": work.alike(
+                top_rows(signed[method, q], usable, counts[place])
+            )
+            for (method, q), place in asked.items()
         }
         measured = work.without(gone)
-        for q, place in asked.items():
-            value = float(measured[f"query {q} without {counts[place]}"][q])
+        for key, place in asked.items():
+            method, q = key
+            value = float(measured[f"{method}, query {q} without {counts[place]}"][q])
             if flips(q, value):
-                high[q], after[q] = place, value
+                high[key], after[key] = place, value
             else:
-                low[q] = place + 1
+                low[key] = place + 1
                 if place == last:
-                    after[q] = value
-        asked = {q: (low[q] + high[q]) // 2 for q in range(len(signed)) if low[q] < high[q]}
+                    after[key] = value
+        asked = {key: (low[key] + high[key]) // 2 for key in signed if low[key] < high[key]}
     return high, after
 
 

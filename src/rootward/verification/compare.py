@@ -1,8 +1,9 @@
 """Which method should be trusted here, and what does it cost? Methods beside baselines on one subject.
 
 The subject is trained again on random subsets of its documents; every method's scores are held against what came out
-(LDS). What has to be chosen, a damping or the documents to remove, is chosen on one half of the queries, and a
-damping also on other subsets; what is reported comes from the rest. Without such a choice all queries are reported.
+(LDS). What has to be chosen is chosen on one half of the queries: the documents to remove, and, on other subsets too, a
+damping or what else a method declares. What is reported comes from the rest. Without such a choice all queries are
+reported.
 
 Scores are made elsewhere (`rootward.api.compare`): what is here needs no method, and takes scores of any origin.
 """
@@ -18,7 +19,7 @@ import numpy as np
 
 from rootward.core.errors import InputError
 from rootward.core.progress import Progress, silent
-from rootward.core.records import ComparedMethod, Comparison, DampingPoint, Interval
+from rootward.core.records import ComparedMethod, Comparison, Interval, SettingPoint
 from rootward.core.scores import Scores
 from rootward.verification.advice import advise
 from rootward.verification.compare_plan import ComparisonPlan, Entry
@@ -182,9 +183,10 @@ def _methods(plan: ComparisonPlan, results: Sequence[_Result], curves: Curves | 
                 per_query=result.scores.queries == tuple(query.name for query in plan.behaviour.queries),
                 beats_random=beats,
                 behind_best=None if result is best else margin(best.lds, one),
-                damping=_damping(result),
+                option=result.entry.option,
+                setting=_setting(result),
                 curve=[] if tuning is None else [
-                    DampingPoint(damping=float(p.setting), tuning=p.tuning, reported=p.reported) for p in tuning.curve
+                    SettingPoint(setting=float(p.setting), tuning=p.tuning, reported=p.reported) for p in tuning.curve
                 ],
                 at_edge=tuning is not None and tuning.at_edge,
                 removal=removal,
@@ -196,10 +198,11 @@ def _methods(plan: ComparisonPlan, results: Sequence[_Result], curves: Curves | 
     return found
 
 
-def _damping(result: _Result) -> float | None:
-    """Of the setting taken; None where the method has none."""
-    config: Any = result.entry.method.configure(dict(result.entry.settings[result.setting]))
-    return getattr(config, "damping", None)
+def _setting(result: _Result) -> float | None:
+    """The value taken of what the method declares; None where that is nothing or no number (``damping = "recipe"``)."""
+    config = result.entry.method.configure(dict(result.entry.settings[result.setting]))
+    value: Any = None if result.entry.option is None else getattr(config, result.entry.option)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _beats_random(result: _Result, chance: LDS | None) -> bool | None:
@@ -240,8 +243,10 @@ def _notes(plan: ComparisonPlan, methods: Sequence[ComparedMethod], first: LDS) 
     below = [one.method for one in methods if one.lds.high < 0]
     if below:
         notes.append(f"Below 0 with the whole interval, so wrong way round on this subject: {', '.join(below)}.")
-    edge = [f"{one.method} ({one.damping:g})" for one in methods if one.at_edge and one.damping is not None]
+    edge = [
+        f"{one.method} ({one.option} {one.setting:g})" for one in methods if one.at_edge and one.setting is not None
+    ]
     if edge:
-        notes.append(f"The damping chosen is the lowest or highest that was tried: {', '.join(edge)}.")
+        notes.append(f"The setting chosen is the lowest or highest that was tried: {', '.join(edge)}.")
     notes.append(f"Each interval is a 95 % one for itself; that the best of {len(methods)} was picked is not in it.")
     return notes

@@ -20,13 +20,10 @@ from rootward.verification.jobs import Job
 from rootward.verification.lds import MIN_SUBSETS
 from rootward.verification.subsets import COUNT, Subsets, check_seeds, draw_subsets
 
-DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
-"""What a damping is chosen from, beside the method's default."""
-
 
 @dataclass(frozen=True)
 class Entry:
-    """A method in the comparison: its options by setting; several settings are tuned, by their damping.
+    """A method in the comparison: its options by setting. Several settings differ in the option that is tuned.
 
     ``required``: it was asked for by name, so that it is an error where it cannot be had.
     """
@@ -35,6 +32,12 @@ class Entry:
     method: Method
     settings: Mapping[str, Mapping[str, Any]]
     required: bool
+
+    @property
+    def option(self) -> str | None:
+        """What a comparison tunes of it; None: nothing."""
+        tuned = self.method.config.TUNED
+        return None if tuned is None else tuned.option
 
     @property
     def label(self) -> str:
@@ -97,7 +100,7 @@ def plan_comparison(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     subsets: int = COUNT,
     seeds: Sequence[int] = (0,),
-    tune: bool = False,
+    tune: bool = True,
     removal: int | str | None = None,
     planted: tuple[str, Any] | None = None,
     allow_few: bool = False,
@@ -110,10 +113,11 @@ def plan_comparison(
         behaviour: the queries.
         methods: names that must be there.
         others: further names, which may turn out to be missing: baselines and defaults.
-        options: method -> its options. A damping given here is not tuned.
+        options: method -> its options. What is given here is not tuned.
         subsets: how many random subsets the numbers come from; at least 60 unless ``allow_few``.
         seeds: of the recipe, for every subset. Two or more give a noise ceiling.
-        tune: choose dampings, on half of the queries and half as many subsets more.
+        tune: choose what each method declares (`MethodConfig.TUNED`), its damping mostly, on half of the queries and
+            half as many subsets more.
         removal: also retrain without so many (or ``"5%"``) of each method's top documents.
         planted: (metadata field, value) of documents known to be the cause.
         allow_few: accept fewer than 60 subsets; the result is marked.
@@ -142,7 +146,15 @@ def plan_comparison(
     if removed is not None and not 0 < removed < len(subject.encoded):
         raise InputError(f"removal: expected 1 to {len(subject.encoded) - 1} documents, got {removal!r} ({removed})")
     everything = tuple(range(len(behaviour)))
-    choosing, reported = ((), everything) if not tuning and removed is None else _halves(behaviour, split_seed)
+    try:
+        choosing, reported = ((), everything) if not tuning and removed is None else _halves(behaviour, split_seed)
+    except InputError as error:
+        if removed is not None:
+            raise
+        raise InputError(
+            f"{error}. Tuning chooses on other queries than are reported: give more of them, or take the methods' own "
+            "settings with --no-tune (tune = False)"
+        ) from error
     plan = ComparisonPlan(
         subject, behaviour, entries, drawn, subsets, tuple(seeds), choosing, reported, removed, planted, allow_few
     )
@@ -167,23 +179,29 @@ def plan_entries(
     found: list[Entry] = []
     for name in names:
         method, preset = registry.get(name)
-        settings = _settings(method, {**preset, **options.get(name, {})}, tune)
+        settings = _settings(method, preset, options.get(name, {}), tune)
         found.append(Entry(name, method, settings, name in methods))
     return tuple(found)
 
 
-def _settings(method: Method, given: dict[str, Any], tune: bool) -> dict[str, dict[str, Any]]:
-    """Options by setting: a row of scores for each query where the method can, and every damping to choose from."""
-    fields = method.config.model_fields
-    if "queries" in fields and "queries" not in given and fields["queries"].default == "mean":
-        given = {**given, "queries": "each"}
-    config = method.configure(given)
-    if not tune or "damping" not in fields or "damping" in given:
-        return {"": given}
-    values = sorted({*DAMPINGS, float(getattr(config, "damping"))})  # noqa: B009 - a field of some configs
+def _settings(
+    method: Method, preset: Mapping[str, Any], given: Mapping[str, Any], tune: bool
+) -> dict[str, dict[str, Any]]:
+    """Options by setting: a row of scores for each query where the method can, and every value to choose from.
+
+    The values are those that the method declares and its own. What the user gave is not tuned; a preset's value is.
+    """
+    fields, options = method.config.model_fields, {**preset, **given}
+    if "queries" in fields and "queries" not in options and fields["queries"].default == "mean":
+        options["queries"] = "each"
+    config, tuned = method.configure(options), method.config.TUNED
+    if not tune or tuned is None or tuned.option in given:
+        return {"": options}
+    own = getattr(config, tuned.option)
+    values = sorted({*tuned.values, *([float(own)] if isinstance(own, int | float) else [])})
     for value in values:
-        method.configure({**given, "damping": value})
-    return {f"{value:g}": {**given, "damping": value} for value in values}
+        method.configure({**options, tuned.option: value})
+    return {f"{value:g}": {**options, tuned.option: value} for value in values}
 
 
 def _halves(behaviour: Behaviour, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

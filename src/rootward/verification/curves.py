@@ -26,7 +26,7 @@ from rootward.verification.evaluation import Evaluation
 from rootward.verification.jobs import Job
 from rootward.verification.retrain import Results, run_jobs
 from rootward.verification.stats import interval, paired_interval
-from rootward.verification.subsets import check_seeds
+from rootward.verification.subsets import by_name, check_seeds
 
 COUNTS = ("5%", "10%", "20%", "40%")
 RANDOM = "random control"
@@ -145,7 +145,7 @@ def removal_curves(
         InputError: counts that leave nothing, a document without a score, bad seeds.
         RootwardError: a training failed; those that were finished stay.
     """
-    named = {scores.method: scores} if isinstance(scores, Scores) else dict(scores)
+    named = by_name(scores)
     jobs = curve_jobs(subject, named, goal=behaviour.goal, counts=counts, mode=mode, bottom=bottom, seeds=seeds)
     results = run_jobs(subject, jobs, Evaluation(behaviour, None, 0), workers=workers, cache=cache, progress=progress)
     total = len(subject.encoded)

@@ -8,13 +8,14 @@ sign turned: here a positive score raises the measurement.) Scores in other unit
 and the wrong ``slope``.
 
 The effect of one document is small beside that of a seed, so every retraining is compared with the one on all
-documents under the same seed; what is left of the noise is told by the ceiling.
+documents under the same seed; what is left of the noise is told by the ceiling. Methods and baselines (BM25,
+representation similarity, length, random) are judged by the same retrainings.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from rootward.verification.jobs import Job
 from rootward.verification.lds import PERMUTATIONS, Ceiling, ceiling_of
 from rootward.verification.resampling import RESAMPLES, Floats, Rows, correlate, draws, percentiles, resampled
 from rootward.verification.retrain import run_jobs
-from rootward.verification.subsets import check_seeds, joined
+from rootward.verification.subsets import by_name, check_seeds, joined, pick
 
 
 class LeftOut(Model):
@@ -78,26 +79,38 @@ class LeftOut(Model):
         return digest_json(self.model_dump(mode="json", exclude={"seconds"}))[:32]
 
 
-class LOO(Model):
-    """Agreement of predicted with measured changes: means over queries with 95 % bootstrap intervals.
+class Predicted(Model):
+    """One method: agreement of predicted with measured changes, means over queries with 95 % bootstrap intervals.
 
     Documents and queries are both drawn with replacement (``n`` is the number of documents). ``slope`` is that of the
-    measured on the predicted changes, through the origin and over all queries: 1 where the scale is right; None where
-    every prediction is 0. ``null`` is the Spearman correlation of shuffled scores, with the central 95 %.
+    measured on the predicted changes, through the origin and over all queries: 1 where the scale is right and the
+    effects are small, above it where a fit leans on single documents (by 1 / (1 - leverage) in linear regression); None
+    where every prediction is 0. ``null`` is the Spearman correlation of shuffled scores, with the central 95 %.
+    ``per_query`` are Spearman correlations.
     """
 
-    schema_version: int = SCHEMA_VERSION
     method: str
-    behaviour: str
     spearman: Interval
     pearson: Interval
     slope: Interval | None
     null: Interval
     per_query: list[float]
+
+
+class LOO(Model):
+    """All methods against the same retrainings, ``truth`` (`LeftOut.key`)."""
+
+    schema_version: int = SCHEMA_VERSION
+    behaviour: str
+    methods: list[Predicted]
     ceiling: Ceiling | None
     documents: int
     seeds: int
     truth: str
+
+    def of(self, method: str) -> Predicted:
+        """One method by name; `InputError` lists those there are."""
+        return pick(self.methods, method)
 
 
 def sample_documents(subject: Subject, count: int, *, seed: int = 0) -> tuple[str, ...]:
@@ -165,20 +178,43 @@ def leave_one_out(
 
 
 def loo(
-    scores: Scores, left_out: LeftOut, *, resamples: int = RESAMPLES, permutations: int = PERMUTATIONS, seed: int = 0
+    scores: Scores | Mapping[str, Scores],
+    left_out: LeftOut,
+    *,
+    resamples: int = RESAMPLES,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
 ) -> LOO:
-    """How well ``-scores / N`` predicts the measured changes, averaged over seeds.
+    """How well each method's ``-scores / N`` predicts the measured changes, averaged over seeds.
 
     Raises `InputError` for fewer than three documents, or a document or query without a score.
     """
+    named = by_name(scores)
     documents = len(left_out.document_ids)
     if documents < 3:
         raise InputError(f"expected at least 3 documents to correlate, got {documents}; leave more out")
     if resamples < 1 or permutations < 1:
         raise InputError(f"expected at least 1 resample and 1 permutation, got {resamples} and {permutations}")
-    predicted = -joined(scores, left_out.queries, left_out.document_ids) / left_out.total
+    predicted = {
+        name: -joined(table, left_out.queries, left_out.document_ids) / left_out.total for name, table in named.items()
+    }
     changes = left_out.changes
     measured = changes.mean(1).T
+    return LOO(
+        behaviour=left_out.behaviour,
+        methods=[_judged(name, table, measured, resamples, permutations, seed) for name, table in predicted.items()],
+        ceiling=ceiling_of(changes, resamples=resamples, seed=seed),
+        documents=documents,
+        seeds=len(left_out.seeds),
+        truth=left_out.key,
+    )
+
+
+def _judged(
+    method: str, predicted: Floats, measured: Floats, resamples: int, permutations: int, seed: int
+) -> Predicted:
+    """One method's predicted changes ``[q, n]`` against the measured ones."""
+    documents = predicted.shape[1]
     truth, ranks = Rows(measured, "spearman"), Rows(predicted, "spearman")
     values, raw = Rows(measured, "pearson"), Rows(predicted, "pearson")
     per_query, linear = correlate(truth, ranks), correlate(values, raw)
@@ -189,18 +225,13 @@ def loo(
         float(correlate(truth, Rows(predicted[:, generator.permutation(documents)], "spearman")).mean())
         for _ in range(permutations)
     ]
-    return LOO(
-        method=scores.method,
-        behaviour=left_out.behaviour,
+    return Predicted(
+        method=method,
         spearman=spearman,
         pearson=pearson,
         slope=_slope(predicted, measured, resamples, seed),
         null=percentiles(float(np.mean(null)), null, permutations),
         per_query=per_query.tolist(),
-        ceiling=ceiling_of(changes, resamples=resamples, seed=seed),
-        documents=documents,
-        seeds=len(left_out.seeds),
-        truth=left_out.key,
     )
 
 

@@ -14,9 +14,10 @@ subsets or seeds trains only those that are new: the first 64 of 128 subsets are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -233,6 +234,34 @@ def check_seeds(subject: Subject, seeds: Sequence[int]) -> None:
         raise InputError(f"seeds: expected at least one and none twice, got {list(seeds)}")
     if by_command(subject) and len(seeds) > 1 and command_notes(subject):
         raise InputError(f"seeds: expected one, got {len(seeds)}. {command_notes(subject)[0]}")
+
+
+def by_name(scores: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
+    """Methods by name: one alone under its own. Raises `InputError` where there is none."""
+    found = {scores.method: scores} if isinstance(scores, Scores) else dict(scores)
+    if not found:
+        raise InputError("scores: expected at least one method, got none")
+    return found
+
+
+class Named(Protocol):
+    """A result of one method."""
+
+    @property
+    def method(self) -> str:
+        """Its name."""
+        ...
+
+
+Found = TypeVar("Found", bound=Named)
+
+
+def pick(results: Sequence[Found], method: str) -> Found:
+    """The result of one method; `InputError` lists those there are."""
+    for found in results:
+        if found.method == method:
+            return found
+    raise InputError(f"expected one of {', '.join(found.method for found in results)}, got {method}")
 
 
 def joined(scores: Scores, queries: Sequence[str], document_ids: Sequence[str]) -> NDArray[np.float64]:

@@ -6,13 +6,16 @@ Source: Chang et al. 2024, TrackStar (arXiv 2410.17413), where m is the target's
 pre-training optimiser. Deviations: m is the behaviour's measurement, counted towards its goal (so for a loss it is the
 change of the log-probability, in nats); the optimiser starts with fresh moments, so Adam's step is about ``lr`` in
 every parameter. Beside it stands the same for as many random documents: only the difference is the
-method's. Nothing is retrained, so this is cheap, and it says what a document does now, not what it did in training.
+method's. Baselines (BM25, representation similarity, length) are methods like any other here; a document that several
+rank at the top is stepped on once. Nothing is retrained, so this is cheap, and it says what a document does now, not
+what it did in training.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -26,36 +29,49 @@ from rootward.subject.plan import Recipe
 from rootward.subject.subject import Subject
 from rootward.subject.training import train
 from rootward.verification.stats import interval
-from rootward.verification.subsets import joined
+from rootward.verification.subsets import by_name, joined, pick
 
 TOP = 10
+
+
+class Patched(Model):
+    """One method. ``top[q]`` is the mean over query q's top documents.
+
+    ``effect`` is its mean over queries, ``beyond_random`` that of its difference to the control, paired by query.
+    """
+
+    method: str
+    top: list[float]
+    effect: Interval
+    beyond_random: Interval
 
 
 class TailPatch(Model):
     """Mean change of the measurement towards the goal, in the behaviour's unit, for one step of ``lr``.
 
-    ``top[q]`` is the mean over query q's ``count`` top documents, ``random[q]`` over as many random ones (the same for
-    all queries). ``effect``, ``control`` and their difference ``beyond_random`` (paired by query) are means over
-    queries with 95 % t intervals; with one query there is none (``n`` is 1).
+    Of ``count`` top documents for each method and query, and (``random[q]``, with the mean ``control``) of as many
+    random ones, the same for all of them. Intervals are 95 % t intervals over queries; with one query there is none
+    (``n`` is 1).
     """
 
     schema_version: int = SCHEMA_VERSION
-    method: str
     behaviour: str
     unit: str
     optimiser: str
     lr: float
     count: int
-    top: list[float]
     random: list[float]
-    effect: Interval
     control: Interval
-    beyond_random: Interval
+    methods: list[Patched]
+
+    def of(self, method: str) -> Patched:
+        """One method by name; `InputError` lists those there are."""
+        return pick(self.methods, method)
 
 
 def tail_patch(
     subject: Subject,
-    scores: Scores,
+    scores: Scores | Mapping[str, Scores],
     behaviour: Behaviour,
     *,
     count: int = TOP,
@@ -64,11 +80,11 @@ def tail_patch(
     seed: int = 0,
     progress: Progress = silent,
 ) -> TailPatch:
-    """One step on each of every query's top documents and on random ones; the model itself is not touched.
+    """One step on each method's top documents of every query and on random ones; the model itself is not touched.
 
     Args:
         subject: the final model and its documents.
-        scores: of the same queries, or one ranking for all.
+        scores: methods and baselines by name; each of the same queries, or one ranking for all.
         behaviour: what is measured after each step, on all queries at once.
         count: documents per query.
         optimiser: the "recipe"'s with its settings, or plain "sgd".
@@ -85,13 +101,16 @@ def tail_patch(
     total = len(subject.encoded)
     if not 1 <= count < total:
         raise InputError(f"count: expected 1 to {total - 1} of {total} usable documents, got {count}")
+    named = by_name(scores)
     recipe = _step_recipe(subject, optimiser, lr, seed)
     sign = -1.0 if behaviour.goal == "lower" else 1.0
     names = [query.name for query in behaviour.queries]
-    table = sign * joined(scores, names, subject.encoded.ids)
-    tops = np.argsort(-table, axis=1, kind="stable")[:, :count]
+    tops = {
+        name: np.argsort(-sign * joined(table, names, subject.encoded.ids), axis=1, kind="stable")[:, :count]
+        for name, table in named.items()
+    }
     others = random.Random(f"rootward tail patch {seed} {total} {count}").sample(range(total), count)
-    places = sorted({*tops.ravel().tolist(), *others})
+    places = sorted({*others}.union(*(top.ravel().tolist() for top in tops.values())))
     before = behaviour.evaluate(subject.model, subject.objective)
     changes = np.zeros((total, len(names)))
     model = copy.deepcopy(subject.model)
@@ -100,20 +119,21 @@ def tail_patch(
         train(model, [subject.encoded[place]], subject.objective, recipe)
         changes[place] = sign * (behaviour.evaluate(model, subject.objective) - before)
         progress("tail patch", number + 1, len(places))
-    top = [float(changes[tops[q], q].mean()) for q in range(len(names))]
     control = [float(changes[others, q].mean()) for q in range(len(names))]
+    methods: list[Patched] = []
+    for name, chosen in tops.items():
+        top = [float(changes[chosen[q], q].mean()) for q in range(len(names))]
+        beyond = interval(np.subtract(top, control))
+        methods.append(Patched(method=name, top=top, effect=interval(top), beyond_random=beyond))
     return TailPatch(
-        method=scores.method,
         behaviour=behaviour.name,
         unit=behaviour.unit,
         optimiser=recipe.optimiser,
         lr=recipe.lr,
         count=count,
-        top=top,
         random=control,
-        effect=interval(top),
         control=interval(control),
-        beyond_random=interval(np.subtract(top, control)),
+        methods=methods,
     )
 
 

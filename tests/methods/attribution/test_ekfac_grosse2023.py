@@ -17,7 +17,7 @@ from rootward.capture.curvatures import fitted
 from rootward.capture.fit import FitConfig
 from rootward.capture.inputs import MethodInputs
 from rootward.core import registry
-from rootward.core.errors import ArtefactError
+from rootward.core.errors import ArtefactError, InputError
 from rootward.core.scores import Scores
 from rootward.curvature.base import Damping
 from rootward.subject.behaviour import Behaviour
@@ -41,6 +41,7 @@ from tests.methods.contract import World, close, contrast, loss, naive_gradients
 
 BEHAVIOURS = {"contrast": contrast, "loss": loss, "scalar": scalar}
 PRESETS = {"ekfac": "ekfac", "kfac": "kfac_influence", "diagonal": "diagonal_influence"}
+EVERY = {**PRESETS, "adam": "adam_influence"}
 SMALL = r"layers\.1\.(self_attn\.[qk]|mlp\.up|input_layernorm)"
 
 
@@ -182,12 +183,50 @@ def test_a_rank_is_that_of_the_preconditioned_queries(world: World):
     assert not np.allclose(full.values, -cut.flatten(1) @ g.T, rtol=0.01)
 
 
+def test_the_optimisers_diagonal_against_its_formula(world: World):
+    """``-sum_p q_p g_p / (v_p + damping * mean v of the block)`` with v from the last checkpoint, or from each."""
+    subject, asked = world.subject(), contrast()
+    names = MethodInputs(subject, asked, 500).tracked.layout.names
+
+    def expected(checkpoint: int) -> Tensor:
+        kept = subject.moments(checkpoint)
+        assert kept is not None
+        q, g = naive_queries(subject, asked, names), naive_gradients(subject, subject.encoded, names)
+        v = [kept.second[name].double().flatten() for name in names]
+        return -(q / torch.cat([value + 0.3 * value.mean() for value in v])) @ g.T
+
+    found = run(subject, asked, "adam_influence", queries="each", damping=0.3)
+    close(found.values, expected(-1), 1e-5)
+    assert "optimiser's second moments (step" in found.notes[0]
+    plain = run(subject, asked, "gradient_dot").values
+    assert not np.allclose(np.corrcoef(found.values[0], plain[0])[0, 1], 1, atol=1e-3)
+    every = run(subject, asked, "adam_influence", queries="each", damping=0.3, checkpoints="all")
+    total = np.zeros(found.values.shape)
+    for k in range(len(subject.checkpoints)):
+        with subject.at_checkpoint(k):
+            values = expected(k).numpy()
+        total += values / values.std(1, keepdims=True) / len(subject.checkpoints)
+    close(every.values, total, 1e-5)
+
+
+def test_the_optimisers_diagonal_needs_the_optimiser(world: World):
+    with pytest.raises(
+        InputError, match="expected the optimiser's second moments of .* train with optimiser = 'adamw'"
+    ):
+        run(world.subject(checkpoints=()), contrast(), "adam_influence")
+    for options in ({"fit_draws": 2}, {"folder": "x"}):
+        with pytest.raises(InputError, match=f"curvature = 'adam' is not fitted, so {next(iter(options))}"):
+            run(world.subject(), contrast(), "adam_influence", **options)
+    with pytest.raises(InputError, match="joint: expected curvature = 'ekfac'"):
+        run(world.subject(), contrast(), "adam_influence", joint=10, damping_scope="whole")
+
+
 @pytest.mark.parametrize("options", [{}, {"queries": "each"}, {"queries": "each", "rank": 2}, {"checkpoints": "all"}])
-@pytest.mark.parametrize("kind", PRESETS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_scores_of_tokens_sum_to_the_score(world: World, kind: str, options: dict[str, Any]):
     subject = world.subject()
     inputs = MethodInputs(subject, contrast(), 500)
-    method, preset = registry.get(PRESETS[kind])
+    method, preset = registry.get(EVERY[kind])
     assert method.tokens is not None
     config = method.configure({**preset, **options})
     scores: Scores = method.run(inputs, config)
@@ -289,15 +328,15 @@ def test_a_fit_is_shared_by_what_is_run_with_the_same_inputs(world: World, tmp_p
     close(run(inputs.subject, contrast(), "ekfac", folder=str(tmp_path)).values, again.values)
 
 
-@pytest.mark.parametrize("kind", PRESETS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_huge_damping_ranks_as_the_gradient_product(world: World, kind: str):
     subject = world.subject()
-    found = run(subject, contrast(), PRESETS[kind], queries="each", damping=1e9, damping_scope="whole").values
+    found = run(subject, contrast(), EVERY[kind], queries="each", damping=1e9, damping_scope="whole").values
     plain = run(subject, contrast(), "gradient_dot").values
     for mine, theirs in zip(found, plain, strict=True):
         assert rank_correlation(mine, theirs) == pytest.approx(1)
         assert np.corrcoef(mine, theirs)[0, 1] > 1 - 1e-6
-    modest = run(subject, contrast(), PRESETS[kind], queries="each", damping_scope="whole").values
+    modest = run(subject, contrast(), EVERY[kind], queries="each", damping_scope="whole").values
     assert not all(rank_correlation(a, b) > 0.999 for a, b in zip(modest, plain, strict=True))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from rootward.subject.objectives import Regression
 from rootward.subject.plan import Recipe
 from rootward.subject.subject import Subject
 from rootward.subject.training import train
+from rootward.verification.loo import leave_one_out, loo, sample_documents
 from tests.methods.contract import close
+from tests.verification import convex
 
 DRAWN = np.random.default_rng(0)
 ROWS: list[dict[str, Any]] = [
@@ -61,12 +65,28 @@ def test_scores_are_differences_of_training_in_the_weight_of_a_document():
     subject, half = trained(), 1e-5
     found = run(subject)
     expected = [(retrained(subject, {n: 1 + half}) - retrained(subject, {n: 1 - half})) / (2 * half) for n in range(12)]
-    close(found.values, np.stack(expected, 1), rtol=1e-6)
+    close(found.values, 12 * np.stack(expected, 1), rtol=1e-6)
     assert found.queries == ("first", "second")
     assert found.notes == ()
     mean = run(subject, queries="mean")
     assert mean.queries == ("mean",)
     close(mean.values[0], found.values.mean(0))
+
+
+def test_at_the_minimum_of_a_convex_loss_scores_are_influence_and_leave_one_out_has_their_size(tmp_path: Path):
+    subject = convex.subject()  # full batches and many steps
+    behaviour = convex.behaviour()
+    found = run(subject, behaviour)
+    exact = attribute(subject, behaviour, "exact_influence", options={"solver": "dense", "damping": 0.0})
+    close(found.values, exact.values, rtol=1e-3)
+    left_out = leave_one_out(subject, sample_documents(subject, 10), behaviour, seeds=(0,), cache=tmp_path, workers=0)
+    unscaled = replace(found, values=found.values / convex.N)
+    judged = loo({"magic": found, "unscaled": unscaled}, left_out, resamples=100, permutations=10)
+    slope, wrong = judged.of("magic").slope, judged.of("unscaled").slope
+    assert slope is not None and wrong is not None
+    assert slope.value == pytest.approx(1, abs=0.2)  # leave-one-out is larger by 1 / (1 - leverage)
+    assert wrong.value == pytest.approx(convex.N * slope.value, rel=1e-4)
+    assert judged.of("magic").pearson.value > 0.98
 
 
 def test_a_loss_has_the_sign_of_the_loss():
@@ -78,7 +98,7 @@ def test_a_loss_has_the_sign_of_the_loss():
         model = subject.start_model()
         train(model, subject.encoded, subject.objective, RECIPE, weights={3: 1 + sign * half})
         ends.append(behaviour.evaluate(model, subject.objective)[0])
-    assert found.values[0, 3] == pytest.approx((ends[0] - ends[1]) / (2 * half), rel=1e-5)
+    assert found.values[0, 3] == pytest.approx(12 * (ends[0] - ends[1]) / (2 * half), rel=1e-5)
 
 
 def test_sets_left_out_of_a_smooth_run_change_what_their_scores_add_up_to():
@@ -87,8 +107,9 @@ def test_sets_left_out_of_a_smooth_run_change_what_their_scores_add_up_to():
     drawn = np.random.default_rng(1)
     sets = [drawn.choice(12, size=3, replace=False) for _ in range(12)]
     actual = np.stack([retrained(subject, {int(n): 0.0 for n in chosen}) - before for chosen in sets])
-    predicted = np.stack([-found[:, chosen].sum(1) for chosen in sets])
+    predicted = np.stack([-found[:, chosen].sum(1) / 12 for chosen in sets])
     shuffled = np.stack([-found[:, drawn.permutation(12)][:, chosen].sum(1) for chosen in sets])
+    assert (predicted * actual).sum() / np.square(predicted).sum() == pytest.approx(1, abs=0.1)
     for q in range(2):
         assert spearmanr(predicted[:, q], actual[:, q]).statistic > 0.95
     assert np.mean([spearmanr(shuffled[:, q], actual[:, q]).statistic for q in range(2)]) < 0.6  # the null
@@ -107,7 +128,7 @@ def test_copies_have_the_mean_of_their_derivatives():
     found = run(subject).values
     each = [(retrained(subject, {n: 1 + half}) - retrained(subject, {n: 1 - half})) / (2 * half) for n in (0, 12)]
     assert not np.allclose(each[0], each[1], rtol=1e-3)
-    close(found[:, 0], (each[0] + each[1]) / 2)
+    close(found[:, 0], 13 * (each[0] + each[1]) / 2)
     assert (found[:, 0] == found[:, 12]).all()
 
 

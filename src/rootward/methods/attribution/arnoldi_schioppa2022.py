@@ -20,7 +20,7 @@ Exact when: the iteration spans everything (as many steps as parameters), and G 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,7 +29,7 @@ from torch import Tensor
 from rootward.capture.hvp import CurvatureProducts
 from rootward.capture.inputs import MethodInputs
 from rootward.core.errors import NumericalError
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 from rootward.core.scores import Scores
 from rootward.curvature.dense import as_named, as_rows
 from rootward.curvature.solvers import Eigenpairs, arnoldi
@@ -52,6 +52,7 @@ TOLERANCE = 1e-2
 class Config(MethodConfig):
     """Options."""
 
+    TUNED: ClassVar = Tuned("damping", (0.0, 0.001, 0.01, 0.1, 1.0, 10.0))
     curvature: Literal["ggn", "hessian"] = "ggn"
     iterations: int = Field(default=200, ge=1, description="size of the Krylov space")
     top: int = Field(default=20, ge=1, description="eigenpairs kept, by magnitude")
@@ -83,7 +84,8 @@ def _eigenpairs(inputs: MethodInputs, config: Config) -> tuple[Eigenpairs, list[
             "loss does not depend on these parameters to second order"
         )
     kept = found.largest(count)
-    notes = [f"{count} eigenvalues from {float(kept.values[0]):.4g} to {float(kept.values[-1]):.4g} were kept"]
+    kept_note = f"{count} eigenvalues from {float(kept.values[0]):.4g} to {float(kept.values[-1]):.4g} were kept"
+    notes = [kept_note, *kept.notes]
     rough = int((kept.residuals > TOLERANCE * kept.values.abs()).sum())
     if rough:
         notes.append(f"{rough} of them have not converged in {config.iterations} iterations; raise `iterations`")

@@ -22,6 +22,7 @@ Exact when: there is one document, or all gradients are alike up to sign. The in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -32,7 +33,7 @@ from rootward.capture.run import Sink, run_pass
 from rootward.capture.sinks import BaseSink, Products, WeightedSum
 from rootward.core.block import Block, Factor
 from rootward.core.layout import ParamLayout
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 from rootward.core.scores import Scores
 
 CARD = Card(
@@ -51,6 +52,7 @@ CARD = Card(
 class Config(MethodConfig):
     """Options; the paper's damping."""
 
+    TUNED: ClassVar = Tuned("damping", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0))
     damping: float = Field(default=0.1, gt=0, description="over the mean squared gradient per entry, by parameter")
 
 

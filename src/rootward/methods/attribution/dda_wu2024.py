@@ -21,7 +21,7 @@ Exact when: with ``beta = 0`` and one checkpoint, the gradient dot product there
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rootward.capture.inputs import START, MethodInputs
 from rootward.core.errors import InputError
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 from rootward.core.scores import Scores
 
 CARD = Card(
@@ -49,6 +49,7 @@ CARD = Card(
 class Config(MethodConfig):
     """Options; the defaults take the start out of the mean over all checkpoints."""
 
+    TUNED: ClassVar = Tuned("beta", (0.0, 0.1, 0.3, 1.0))
     beta: float = Field(default=1.0, ge=0, description="how much of the influence at the start is taken out")
     checkpoints: Literal["all", "final"] = "all"
     normalise: Literal["none", "both"] = "none"

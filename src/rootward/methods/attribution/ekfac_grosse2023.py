@@ -15,12 +15,18 @@ notes state; labels are sampled from the model, or all taken with their probabil
 
 Deviations: their damping is 0.1 times the mean eigenvalue of each block, as here; their queries are low-rank by
 option (rank 32), as here; they use the linear layers of MLPs only, here what the subject's ``parameters`` say. A bias
-is a block of its own. Presets: K-FAC eigenvalues, the diagonal Fisher matrix, and ``ekfac_checkpoints``: the scores at
-every checkpoint that the training kept, each row divided by its standard deviation over documents, are averaged. At
-the end of training what a document taught has mostly been learnt and its gradient is small; before, it is not. (The
-average over models is TRAK's, Park et al. 2023, arXiv:2303.14186; over the checkpoints of one run it needs no other
-training.) ``ekfac_joint`` keeps the whole second-moment matrix of the largest entries of all eigenbases
-(`curvature.joint`), which EK-FAC takes as uncorrelated; it wants ``damping = "recipe"`` or a tuned one.
+is a block of its own. Presets: K-FAC eigenvalues, the diagonal Fisher matrix, the optimiser's diagonal (below), and
+``ekfac_checkpoints``: the scores at every checkpoint that the training kept, each row divided by its standard deviation
+over documents, are averaged. At the end of training what a document taught has mostly been learnt and its gradient is
+small; before, it is not. (The average over models is TRAK's, Park et al. 2023, arXiv:2303.14186; over the checkpoints
+of one run it needs no other training.) ``ekfac_joint`` keeps the whole second-moment matrix of the largest entries of
+all eigenbases (`curvature.joint`), which EK-FAC takes as uncorrelated; it wants ``damping = "recipe"`` or a tuned one.
+
+``curvature = "adam"`` (``adam_influence``) takes the diagonal from the optimiser instead of a pass: ``G = diag(v)``
+with power -1, where v (``exp_avg_sq``, not corrected for bias) is the last checkpoint's: the estimate of the diagonal
+Fisher matrix, where Adam's own preconditioner is ``1 / (sqrt(v) + eps)``. v is a running mean of squared gradients of
+*steps*, of a batch's loss as the recipe divides it: for a mean over B independent documents about 1/B of the
+documents' second moments. The damping is relative, so such a factor changes the scores' unit, not their ranking.
 
 Exact when: inputs and output gradients are independent, at a minimum of a quadratic (the oracle test).
 """
@@ -29,7 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -42,9 +48,11 @@ from rootward.capture.curvatures import fitted, joined
 from rootward.capture.fit import FitConfig
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.sinks import LowRank, low_rank
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.errors import InputError
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import RELATIVE, Curvature, Damping
+from rootward.curvature.kronecker import KroneckerCurvature
 
 CARD = Card(
     key="ekfac_grosse2023",
@@ -59,6 +67,7 @@ CARD = Card(
     presets={
         "kfac_influence": {"curvature": "kfac"},
         "diagonal_influence": {"curvature": "diagonal"},
+        "adam_influence": {"curvature": "adam"},
         "ekfac_checkpoints": {"checkpoints": "all"},
         "ekfac_joint": {"joint": 1000, "damping": 10.0, "damping_scope": "whole"},
     },
@@ -68,7 +77,10 @@ CARD = Card(
 class Config(MethodConfig):
     """Options; damping as in the paper. What begins with ``fit_`` decides how the factors are made."""
 
-    curvature: Literal["ekfac", "kfac", "diagonal"] = "ekfac"
+    TUNED: ClassVar = Tuned("damping", (0.001, 0.01, 0.1, 1.0, 10.0, 100.0))
+    curvature: Literal["ekfac", "kfac", "diagonal", "adam"] = Field(
+        default="ekfac", description="adam: the diagonal that the optimiser kept, its second moments; nothing is fitted"
+    )
     damping: NonNegativeFloat | Literal["recipe"] = Field(
         default=RELATIVE,
         description="over the mean eigenvalue of a block; recipe: what training by SGD amounts to (weight decay + 1/t)",
@@ -90,6 +102,9 @@ class Config(MethodConfig):
     fit_covariance_documents: int | None = Field(default=None, ge=1, description="by default by tokens per width")
     fit_agreement: float = Field(default=0.98, gt=0, lt=1, description="with scores from an endless sample")
     fit_seed: int = Field(default=0, ge=0)
+    fit_bf16: Literal["auto", "never"] = Field(
+        default="auto", description="auto: wide products of the fit in bfloat16 where the processor has it"
+    )
     folder: str | None = Field(default=None, description="keep the fitted curvature here, and read it from here")
     sensitivity: bool = Field(default=True, description="also rank with a tenth and ten times the damping, for a note")
 
@@ -97,19 +112,25 @@ class Config(MethodConfig):
     def _agree(self) -> Self:
         if self.joint and (self.damping_scope != "whole" or self.curvature != "ekfac"):
             raise ValueError("joint: expected curvature = 'ekfac' and damping_scope = 'whole'")
+        idle = sorted(n for n in self.model_fields_set if n.startswith("fit_") or (n == "folder" and self.folder))
+        if self.curvature == "adam" and idle:
+            raise ValueError(f"curvature = 'adam' is not fitted, so {', '.join(idle)} has no meaning; leave it out")
         return self
 
     @property
     def fit(self) -> FitConfig:
-        """How the curvature is fitted."""
+        """How the curvature is fitted; not asked for where the optimiser has it (``curvature = "adam"``)."""
+        kind = self.curvature
+        assert kind != "adam"
         return FitConfig(
-            kind=self.curvature,
+            kind=kind,
             labels=self.fit_labels,
             draws=self.fit_draws,
             documents=self.fit_documents,
             covariance_documents=self.fit_covariance_documents,
             agreement=self.fit_agreement,
             seed=self.fit_seed,
+            bf16=self.fit_bf16,
         )
 
 
@@ -121,6 +142,8 @@ def _damping(inputs: MethodInputs, config: Config, factor: float = 1.0) -> Dampi
 
 def _fitted(inputs: MethodInputs, config: Config, checkpoint: int | None) -> tuple[Curvature, str]:
     """The curvature at the present weights, and what to say of it."""
+    if config.curvature == "adam":
+        return _optimisers(inputs, config, checkpoint)
     folder = None if config.folder is None else Path(config.folder)
     if folder is not None and checkpoint is not None:
         folder = folder / f"checkpoint-{checkpoint}"
@@ -128,7 +151,28 @@ def _fitted(inputs: MethodInputs, config: Config, checkpoint: int | None) -> tup
     if not config.joint:
         return found.curvature, found.record.note
     joint = joined(inputs, config.fit, found, config.joint)
-    return joint, f"{found.record.note}; {len(joint.eigenvalues)} entries of the eigenbasis jointly"
+    note = f"{found.record.note}; {len(joint.eigenvalues)} entries of the eigenbasis jointly"
+    return joint, "; ".join((note, *joint.notes))
+
+
+def _optimisers(inputs: MethodInputs, config: Config, checkpoint: int | None) -> tuple[Curvature, str]:
+    """The diagonal of Adam's second moments at a checkpoint, by default the last one, and where it is from.
+
+    Raises `InputError` where none were kept for every attributed parameter.
+    """
+    subject, layout = inputs.subject, inputs.tracked.layout
+    kept = subject.moments(-1 if checkpoint is None else checkpoint) if subject.checkpoints else None
+    missing = layout.names if kept is None else [name for name in layout.names if name not in kept.second]
+    if kept is None or missing:
+        raise InputError(
+            f"curvature = 'adam': expected the optimiser's second moments of {len(layout.names)} parameters beside the "
+            f"checkpoint, none for {missing[0]}; train with optimiser = 'adamw' and checkpoints, or use "
+            "curvature = 'diagonal'"
+        )
+    moments = {name: kept.second[name].to(subject.device) for name in layout.names}
+    found = KroneckerCurvature.diagonal(layout, moments, _damping(inputs, config))
+    dead = f"; no curvature in {len(found.dead)} parameters, first {found.dead[0]}" if found.dead else ""
+    return found, f"diagonal of the optimiser's second moments (step {kept.step}){dead}"
 
 
 def _places(inputs: MethodInputs, config: Config) -> list[int | None]:

@@ -9,9 +9,14 @@ Upweighting document n by eps moves the minimiser of the mean loss by ``-eps (H 
 document changes it by about ``-score / number of documents``. ``s = (G + lam I)^-1 grad m_q`` is solved for each
 query and multiplied with every document's gradient in one pass. Solvers:
 
-    cg      conjugate gradients on products with G; its residual is in the notes
+    cg      conjugate gradients on products with G; its residual is in the notes. ``preconditioner = "ekfac"`` fits
+            EK-FAC, damps it alike, and takes other steps to the same solution: fewer where inputs differ much in scale
+            (a third, on a single layer), more where layers act together and the damping is small (twice as many, on
+            small perceptrons): compare the steps in the notes
     lissa   the stochastic series (Agarwal et al. 2017), products with ``batch`` documents drawn anew in each step
     dense   the whole matrix, for at most 12,000 parameters
+    gram    the matrix of few documents from the products of their gradients, for any number of parameters; documents
+            with several targets have no such products for "ggn", "fisher" takes a sampled label of each
 
 Deviations: G is the Gauss-Newton matrix by default. Theirs is the Hessian (``curvature = "hessian"``), which away from
 a minimum has negative eigenvalues, so that the optimum above does not exist; they raise the damping then, and so does
@@ -25,16 +30,18 @@ Exact when: the model is at a minimum of a quadratic loss (ridge regression), to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rootward.capture.dense import exact_curvature
+from rootward.capture.curvatures import fitted
+from rootward.capture.dense import exact_curvature, gram_curvature
+from rootward.capture.fit import FitConfig
 from rootward.capture.hvp import CurvatureProducts
 from rootward.capture.inputs import MethodInputs
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import Damping
 from rootward.curvature.solvers import arnoldi, conjugate_gradients, lissa, mean_eigenvalue
@@ -59,13 +66,15 @@ HEADROOM = 1.5
 class Config(MethodConfig):
     """Options."""
 
+    TUNED: ClassVar = Tuned("damping", (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0))
     curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
-    solver: Literal["cg", "lissa", "dense"] = "cg"
+    solver: Literal["cg", "lissa", "dense", "gram"] = "cg"
     damping: float = Field(default=0.01, ge=0, description="added to every eigenvalue")
     relative: float = Field(default=0.0, ge=0, description="damping over the mean eigenvalue, added to `damping`")
     documents: int | None = Field(default=None, ge=1, description="curvature of so many documents instead of all")
     tolerance: float = Field(default=1e-5, gt=0, description="cg: relative residual at which a query is solved")
     steps: int = Field(default=100, ge=1, description="cg: at most so many products")
+    preconditioner: Literal["none", "ekfac"] = Field(default="none", description="cg: what its steps are scaled by")
     scale: float | None = Field(default=None, gt=0, description="lissa: above half of the largest eigenvalue")
     depth: int = Field(default=10_000, ge=1, description="lissa: terms of the series")
     repeats: int = Field(default=1, ge=1, description="lissa: series averaged")
@@ -74,26 +83,30 @@ class Config(MethodConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.curvature == "fisher" and self.solver != "dense":
-            raise ValueError("curvature = 'fisher' is for solver = 'dense'; 'ggn' is the same matrix without sampling")
+        if self.curvature == "fisher" and self.solver not in ("dense", "gram"):
+            raise ValueError(
+                "curvature = 'fisher' is for solver = 'dense' or 'gram'; 'ggn' is the same matrix without sampling"
+            )
+        if self.curvature == "hessian" and self.solver == "gram":
+            raise ValueError("solver = 'gram' is for curvature = 'ggn' or 'fisher': a Hessian has no rows")
         if self.curvature == "hessian" and self.relative and self.solver != "dense":
             raise ValueError("relative = 0 is needed for a Hessian's products, whose mean eigenvalue may be negative")
+        if self.preconditioner != "none" and (self.solver != "cg" or not self.damping + self.relative > 0):
+            raise ValueError("preconditioner = 'ekfac' is for solver = 'cg' with a damping above 0")
         return self
 
 
-def _dense(inputs: MethodInputs, config: Config, query: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _decomposed(inputs: MethodInputs, config: Config, query: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     subject, tracked = inputs.subject, inputs.tracked
     examples = _products(inputs, "ggn").subset(config.documents, config.seed).examples
-    curvature = exact_curvature(
-        subject.model,
-        subject.objective,
-        examples,
-        tracked,
-        config.curvature,
-        damping=Damping(config.relative, config.damping),
-        token_budget=inputs.token_budget,
-        progress=inputs.progress,
-    )
+    damping, budget, progress = Damping(config.relative, config.damping), inputs.token_budget, inputs.progress
+    if config.solver == "gram":
+        assert config.curvature != "hessian"  # refused by the config
+        gram = gram_curvature(subject.model, subject.objective, examples, tracked, config.curvature,
+                              damping=damping, token_budget=budget, progress=progress)  # fmt: skip
+        return gram.apply(query), [f"gram: {len(gram.rows)} rows of {len(examples)} documents", *gram.notes]
+    curvature = exact_curvature(subject.model, subject.objective, examples, tracked, config.curvature,
+                                damping=damping, token_budget=budget, progress=progress)  # fmt: skip
     return curvature.apply(query), list(curvature.remarks())
 
 
@@ -118,12 +131,20 @@ def _iterative(inputs: MethodInputs, config: Config, query: dict[str, Tensor]) -
         lam += config.relative * mean_eigenvalue(layout, products, seed=config.seed, like=products.like())
         notes.append(f"damping {lam:.4g}, with the mean eigenvalue estimated from 10 random vectors")
     if config.solver == "cg":
-        found = conjugate_gradients(layout, products, query, lam, tolerance=config.tolerance, steps=config.steps)
+        near = None
+        if config.preconditioner == "ekfac":
+            fit = fitted(inputs, FitConfig(kind="ekfac", seed=config.seed), Damping(0.0, lam, "whole"))
+            near = fit.curvature
+            notes.append(f"preconditioner: {fit.record.note}")
+        found = conjugate_gradients(
+            layout, products, query, lam, tolerance=config.tolerance, steps=config.steps, preconditioner=near
+        )
     else:
         scale = config.scale
         if scale is None:
-            largest = arnoldi(layout, products, POWER_STEPS, seed=config.seed, like=products.like()).values[0]
-            scale = HEADROOM * (abs(float(largest)) + lam) or 1.0
+            pairs = arnoldi(layout, products, POWER_STEPS, seed=config.seed, like=products.like())
+            scale = HEADROOM * (abs(float(pairs.values[0])) + lam) or 1.0
+            notes += pairs.notes
             notes.append(f"LiSSA's scale {scale:.4g}: {HEADROOM} times the largest eigenvalue, estimated")
         draw = products.drawing(config.batch, config.seed)
         found = lissa(layout, products, query, lam, scale=scale, depth=config.depth, repeats=config.repeats, draw=draw)
@@ -135,7 +156,7 @@ def _iterative(inputs: MethodInputs, config: Config, query: dict[str, Tensor]) -
 def _solved(inputs: MethodInputs, config: Config, *, mean: bool) -> tuple[dict[str, Tensor], list[str]]:
     """``(G + lam I)^-1 grad m`` by parameter, for every query or their mean, and what to say of it."""
     query = inputs.query_gradients(inputs.tracked.layout, mean=mean)
-    solve = _dense if config.solver == "dense" else _iterative
+    solve = _decomposed if config.solver in ("dense", "gram") else _iterative
     return solve(inputs, config, query)
 
 

@@ -23,7 +23,7 @@ the block-diagonal empirical Fisher matrix.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,7 +31,7 @@ from rootward.capture.inputs import MethodInputs
 from rootward.capture.projected import document_rows, query_rows, squared_gradients
 from rootward.capture.projection import Sides
 from rootward.capture.sketch import Masked
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import Damping
 from rootward.curvature.projected import ProjectedCurvature
@@ -53,6 +53,7 @@ CARD = Card(
 class Config(MethodConfig):
     """Options."""
 
+    TUNED: ClassVar = Tuned("damping", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0))
     dimension: int = Field(default=256, ge=1, description="dimensions for each parameter")
     blow_up: int = Field(default=4, ge=1, description="entries between mask and hash over the dimensions")
     mask: Literal["random", "largest"] = "random"
@@ -83,4 +84,4 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     rows, queries = document_rows(inputs, sketch).rows, query_rows(inputs, sketch)
     curvature = ProjectedCurvature.of(rows, list(sketch.slices.values()), Damping(config.damping))
     values = -curvature.apply(queries) @ rows.T
-    return inputs.scored(CARD, values, notes=(f"{config.mask} masks, {sketch.width} dimensions",))
+    return inputs.scored(CARD, values, notes=(f"{config.mask} masks, {sketch.width} dimensions", *curvature.notes))

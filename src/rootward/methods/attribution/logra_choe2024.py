@@ -19,7 +19,7 @@ Exact when: no side is wider than the rank: the block-diagonal empirical Fisher 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,10 +37,11 @@ from rootward.capture.projected import (
 from rootward.capture.projection import Projection
 from rootward.core.errors import InputError
 from rootward.core.layout import ParamLayout
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import Damping
 from rootward.curvature.kronecker import (
+    JITTERED,
     Basis,
     Covariances,
     Eigenbases,
@@ -68,6 +69,7 @@ CARD = Card(
 class Config(MethodConfig):
     """Options."""
 
+    TUNED: ClassVar = Tuned("damping", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0))
     init: Literal["pca", "random"] = "pca"
     rank: int = Field(default=16, ge=1, description="of each side: rank x rank dimensions for each matrix")
     fisher: Literal["raw", "ekfac"] = "raw"
@@ -85,6 +87,7 @@ class _Ekfac:
         shapes = projection.shapes
         self.layout = ParamLayout(tuple(shapes), tuple(shapes.values()))
         blocks: dict[str, KroneckerBlock] = {}
+        self._jittered: list[str] = []
         for name, part in self._named(rows).items():
             basis = self._basis(name, found)
             blocks[name] = KroneckerBlock(basis, rotate(part, basis).square().mean(0))
@@ -96,28 +99,33 @@ class _Ekfac:
 
     def _basis(self, name: str, found: Covariances) -> Basis:
         keys = found.left[name], found.right[name]
-        left, right = (
-            None if key is None else _projected_basis(found.sides[key].moment, side)
-            for key, side in zip(keys, self.projection.sides(name), strict=True)
-        )
-        return left, right
+        sides: list[Tensor | None] = []
+        for key, side in zip(keys, self.projection.sides(name), strict=True):
+            vectors, jittered = (None, False) if key is None else _projected_basis(found.sides[key].moment, side)
+            sides.append(vectors)
+            self._jittered += [key] if key is not None and jittered else []
+        return sides[0], sides[1]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"{', '.join(self._jittered)}: {JITTERED}",) if self._jittered else ()
 
     def apply(self, rows: Tensor, power: float) -> Tensor:
         named = self.curvature.apply(self._named(rows), power)
         return torch.cat([named[name].flatten(1) for name in self.layout.names], 1)
 
 
-def _projected_basis(moment: Tensor, side: Tensor | None) -> Tensor | None:
-    """Eigenvectors of ``P^T A P`` as columns; None where A is diagonal and P is not there."""
+def _projected_basis(moment: Tensor, side: Tensor | None) -> tuple[Tensor | None, bool]:
+    """Eigenvectors of ``P^T A P`` as columns (None where A is diagonal and there is no P), and if a jitter was used."""
     moment = moment.double().cpu()
     if side is None:
-        return None if moment.dim() == 1 else eigenbasis(moment)[1]
+        return (None, False) if moment.dim() == 1 else eigenbasis(moment)[1:]
     wide = side.double().cpu()
-    return eigenbasis(wide.T @ (moment.unsqueeze(1) * wide if moment.dim() == 1 else moment @ wide))[1]
+    return eigenbasis(wide.T @ (moment.unsqueeze(1) * wide if moment.dim() == 1 else moment @ wide))[1:]
 
 
-def _rows(inputs: MethodInputs, config: Config) -> tuple[Projection, DocumentRows, Covariances | None]:
-    """The projection, every document's row and, where they were needed, the covariances."""
+def _rows(inputs: MethodInputs, config: Config) -> tuple[Projection, DocumentRows, Covariances | None, tuple[str, ...]]:
+    """The projection, every document's row, the covariances where they were needed, and what to say of them."""
     if config.source == "index":
         given = sorted({"rank", "seed"} & config.model_fields_set)
         if given:
@@ -125,7 +133,8 @@ def _rows(inputs: MethodInputs, config: Config) -> tuple[Projection, DocumentRow
         if config.init != "random":
             raise InputError("source = 'index': an index has random sides; use init = 'random' (logra_random)")
         projection, documents = stored_rows(inputs)
-        return projection, documents, covariances(inputs) if config.fisher == "ekfac" else None
+        return projection, documents, covariances(inputs) if config.fisher == "ekfac" else None, ()
+    notes: tuple[str, ...] = ()
     projection, found = Projection(inputs.tracked.layout, config.rank, config.seed, str(inputs.subject.device)), None
     if config.init == "pca" or config.fisher == "ekfac":
         found = covariances(inputs)
@@ -134,13 +143,14 @@ def _rows(inputs: MethodInputs, config: Config) -> tuple[Projection, DocumentRow
         dtype = next(inputs.subject.model.parameters()).dtype
         bases = Eigenbases.of(found, torch.float64 if dtype == torch.float64 else torch.float32)
         projection = principal(projection, bases)
-    return projection, document_rows(inputs, projection), found
+        notes = (f"{', '.join(bases.jittered)}: {JITTERED}",) if bases.jittered else ()
+    return projection, document_rows(inputs, projection), found, notes
 
 
 @register(CARD, Config)
 def run(inputs: MethodInputs, config: Config) -> Scores:
     """Scores of every usable document, a row for each query."""
-    projection, documents, found = _rows(inputs, config)
+    projection, documents, found, said = _rows(inputs, config)
     queries, rows, damping = query_rows(inputs, projection), documents.rows, Damping(config.damping)
     if config.fisher == "ekfac":
         assert found is not None
@@ -157,4 +167,5 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     source = "index" if config.source == "index" else f"{config.init} sides"
     size = "whole gradients" if projection.rank is None else f"rank {projection.rank}"
     unit = CARD.unit if config.normalise == "none" else "measurement per root of self-influence"
-    return inputs.scored(CARD, -values, unit=unit, notes=(f"{source}, {size}: {projection.width} dimensions",))
+    notes = (f"{source}, {size}: {projection.width} dimensions", *said, *curvature.notes)
+    return inputs.scored(CARD, -values, unit=unit, notes=notes)

@@ -2,13 +2,13 @@
 
 The exact derivative of a measurement after training in the weight of each document during training,
 
-    score[q, n] = d m_q(theta_T(w)) / d w_n   at w = 1,
+    score[q, n] = N * d m_q(theta_T(w)) / d w_n   at w = 1,
 
-where ``theta_T(w)`` is the end of the recorded training run, repeated bit for bit with document n's loss multiplied by
-``w_n`` in every step (the divisor of a step stays), and differentiated step by step: the run's own order, optimiser,
-schedule, decay and clipping (`rootward.subject.metagradient`, which is REPLAY of arXiv:2503.13751). Positive = more
-weight on the document raises the measurement; leaving a set out changes it by minus the sum of its scores, to first
-order.
+where N is the number of usable documents and ``theta_T(w)`` the end of the recorded training run, repeated bit for bit
+with document n's loss multiplied by ``w_n`` in every step (the divisor of a step stays), and differentiated step by
+step: the run's own order, optimiser, schedule, decay and clipping (`rootward.subject.metagradient`, which is REPLAY of
+arXiv:2503.13751). Positive = more weight on the document raises the measurement; leaving a set out changes it by minus
+the sum of its scores over N, to first order.
 
 To first order only: how far that carries depends on how smooth the run is in its weights (they call it metasmooth).
 Runs with small learning rates, larger batches, smooth activations and, for Adam, a large ``eps`` are; with Adam's usual
@@ -16,9 +16,11 @@ Runs with small learning rates, larger batches, smooth activations and, for Adam
 derivative there says nothing of a change of ordinary size. What can be asked for does not depend on it: the derivative
 is exact either way (the oracle test is a central difference of training itself).
 
-Deviations: states are kept at every so many steps, the square root of their number by default, and not in a tree; all
-queries go through the run in one sweep. Copies of a document stand at different places of the run; each has the mean of
-their derivatives. The measurement is taken at the subject's own weights, and the run has to lead there.
+Deviations: the derivative is multiplied by N, so that scores are per unit of a weight in the mean loss, as those of
+influence functions are: at the minimum of a convex loss the two are equal. States are kept at every so many steps, the
+square root of their number by default, and not in a tree; all queries go through the run in one sweep. Copies of a
+document stand at different places of the run; each has the mean of their derivatives. The measurement is taken at the
+subject's own weights, and the run has to lead there.
 
 Refused: dropout and running statistics of batch norms, which make a step more than a function of weights and documents.
 """
@@ -50,8 +52,8 @@ CARD = Card(
     cost="about 5 trainings for one query or the mean of all, about 2 more for each further query",
     unit="measurement per unit of loss weight",
     aliases=("magic", "metagradient"),
-    notes="exact for the recorded run; predicts large changes where the run is smooth in its weights (small lr, larger "
-    "batches, smooth activations, a large eps for Adam)",
+    notes="the number of documents times the exact derivative of the recorded run; predicts large changes where the "
+    "run is smooth in its weights (small lr, larger batches, smooth activations, a large eps for Adam)",
 )
 
 FAR = 0.01
@@ -121,7 +123,8 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     notes = _check_end(inputs, start, _values(model, layout.names, subject.device))
     if config.queries == "auto" and averaged:
         notes = (*notes, f"{inputs.queries_need}, more than half of what was free: their mean was taken")
-    values = _over_copies(inputs, trajectory.metagradients(gradients, inputs.progress))
+    derivatives = trajectory.metagradients(gradients, inputs.progress)
+    values = _over_copies(inputs, len(subject.encoded) * derivatives)
     found = inputs.scored(CARD, values, gradients=False, notes=notes)
     sizes = {name: p.numel() for name, p in subject.model.named_parameters()}
     uncovered = {name: size for name, size in sizes.items() if name not in layout.sizes}

@@ -27,7 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,7 +38,7 @@ from rootward.capture.fit import FitConfig
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.rescaling import Scale, adam_scales, rescaled
 from rootward.core.errors import InputError
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import DEFAULT
 
@@ -48,7 +48,7 @@ CARD = Card(
     question="attribution",
     paper="Training Data Attribution via Approximate Unrolled Differentiation",
     reference="arXiv:2405.12186",
-    needs=("gradients",),
+    needs=("gradients", "training"),
     cost="EK-FAC influence once per checkpoint; needs recipe and checkpoints (AdamW: with the optimiser's state)",
     unit="measurement per unit of loss weight",
     aliases=("source", "approximate_unrolling"),
@@ -58,6 +58,7 @@ CARD = Card(
 class Config(MethodConfig):
     """Options. What begins with ``fit_`` decides how the factors are made."""
 
+    TUNED: ClassVar = Tuned("rate", (0.1, 0.3, 1.0, 3.0, 10.0))
     curvature: Literal["ekfac", "kfac", "diagonal"] = "ekfac"
     queries: Literal["mean", "each"] = Field(
         default="mean", description="one score for the mean of the queries, or a score for each"
@@ -72,6 +73,9 @@ class Config(MethodConfig):
     fit_covariance_documents: int | None = Field(default=None, ge=1)
     fit_agreement: float = Field(default=0.98, gt=0, lt=1)
     fit_seed: int = Field(default=0, ge=0)
+    fit_bf16: Literal["auto", "never"] = Field(
+        default="auto", description="auto: wide products of the fit in bfloat16 where the processor has it"
+    )
     folder: str | None = Field(default=None, description="keep each checkpoint's curvature in a folder below this one")
 
     @property
@@ -85,6 +89,7 @@ class Config(MethodConfig):
             covariance_documents=self.fit_covariance_documents,
             agreement=self.fit_agreement,
             seed=self.fit_seed,
+            bf16=self.fit_bf16,
         )
 
 

@@ -29,7 +29,7 @@ dense gradients.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -40,7 +40,7 @@ from rootward.capture.projected import document_rows, query_rows, squared_gradie
 from rootward.capture.projection import Projection, Sketch
 from rootward.capture.sketch import Scaled, scaled_sides
 from rootward.core.errors import InputError
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import Damping
 from rootward.curvature.projected import ProjectedCurvature
@@ -64,6 +64,7 @@ FLOOR = 1e-8
 class Config(MethodConfig):
     """Options."""
 
+    TUNED: ClassVar = Tuned("damping", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0))
     rank: int | None = Field(default=16, ge=1, description="of each side of a matrix; none keeps whole gradients")
     scaling: Literal["factored", "exact", "none"] = "factored"
     moments: Literal["auto", "optimiser", "documents"] = Field(
@@ -129,13 +130,15 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     rows, queries = document_rows(inputs, sketch).rows, query_rows(inputs, sketch)
     parts = list(sketch.slices.values())
     share = config.query_share
+    said: tuple[str, ...] = ()
     if share is None:
-        share = _share(ProjectedCurvature.of(queries, parts), ProjectedCurvature.of(rows, parts))
+        sides = ProjectedCurvature.of(queries, parts), ProjectedCurvature.of(rows, parts)
+        share, said = _share(*sides), (*sides[0].notes, *sides[1].notes)
     # the second moment of these rows is the mixture: each side's mean, times its share
     total = len(queries) + len(rows)
     scales = (share * total / len(queries)) ** 0.5, ((1 - share) * total / len(rows)) ** 0.5
     mixed = torch.cat([scales[0] * queries, scales[1] * rows])
     curvature = ProjectedCurvature.of(mixed, parts, Damping(config.damping))
     values = -_unit(curvature.apply(queries, -0.5)) @ _unit(curvature.apply(rows, -0.5)).T
-    notes = (note, f"R is {share:.3g} of the queries' and {1 - share:.3g} of the documents'")
-    return inputs.scored(CARD, values, notes=notes)
+    mixture = f"R is {share:.3g} of the queries' and {1 - share:.3g} of the documents'"
+    return inputs.scored(CARD, values, notes=tuple(dict.fromkeys((note, mixture, *said, *curvature.notes))))

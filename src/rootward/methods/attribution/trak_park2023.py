@@ -26,7 +26,7 @@ which they leave out of the kernel, is the same for all documents. The oracle te
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,7 +37,7 @@ from rootward.capture.projected import DocumentRows, document_rows, query_rows, 
 from rootward.capture.projection import Projection, Sketch
 from rootward.capture.sketch import Whole
 from rootward.core.errors import InputError
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Tuned, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import Damping
 from rootward.curvature.projected import ProjectedCurvature
@@ -60,6 +60,7 @@ CARD = Card(
 class Config(MethodConfig):
     """Options. The authors' kernel is undamped and has far fewer dimensions than there are documents."""
 
+    TUNED: ClassVar = Tuned("damping", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0))
     projection: Literal["kronecker", "gaussian", "rademacher", "sjlt", "none"] = "kronecker"
     rank: int = Field(default=16, ge=1, description="kronecker: rank x rank dimensions for each matrix")
     dimension: int = Field(default=1024, ge=1, description="gaussian, rademacher, sjlt: dimensions in all")
@@ -88,8 +89,8 @@ def _stored(inputs: MethodInputs, config: Config) -> tuple[Projection, DocumentR
 
 def _model(
     inputs: MethodInputs, documents: DocumentRows, sketch: Sketch, damping: Damping
-) -> tuple[Tensor, Tensor, int]:
-    """One model's ``phi_q K^-1 phi_n [q, n]``, ``1 - p_n [n]`` and how many directions its kernel has."""
+) -> tuple[Tensor, Tensor, ProjectedCurvature]:
+    """One model's ``phi_q K^-1 phi_n [q, n]``, ``1 - p_n [n]`` and its kernel."""
     tokens = torch.tensor([max(example.targets, 1) for example in inputs.subject.encoded], dtype=torch.float64)
     doubt = -torch.expm1(-documents.losses / tokens)
     # a document that is certain has no gradient either: its feature is 0
@@ -97,7 +98,7 @@ def _model(
     features = documents.rows.double() * over.unsqueeze(1)
     kernel = ProjectedCurvature.of(features, damping=damping)
     products = kernel.apply(query_rows(inputs, sketch).double()) @ features.T
-    return products, doubt, len(kernel.eigenvalues)
+    return products, doubt, kernel
 
 
 @register(CARD, Config)
@@ -107,7 +108,9 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     notes: list[str] = []
     if config.source == "index":
         sketch, documents = _stored(inputs, config)
-        products, doubt, directions = _model(inputs, documents, sketch, damping)
+        products, doubt, kernel = _model(inputs, documents, sketch, damping)
+        directions = len(kernel.eigenvalues)
+        notes += kernel.notes
         size = "whole" if sketch.rank is None else f"projected to rank {sketch.rank}"
         notes.append(f"gradients from an index, {size}")
     else:
@@ -120,7 +123,8 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
             with inputs.holding(model):
                 found = _model(inputs, document_rows(inputs, sketch), sketch, damping)
             products, doubt = products + found[0] / len(models), doubt + found[1] / len(models)
-            directions = max(directions, found[2])
+            directions = max(directions, len(found[2].eigenvalues))
+            notes += found[2].notes
     count = len(inputs.subject.encoded)
     notes.append(f"{sketch.width} dimensions, {count} documents")
     if config.damping == 0 and directions >= 0.5 * count:

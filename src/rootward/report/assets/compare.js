@@ -126,7 +126,10 @@ function ldsTable(methods) {
     ['Times one plain pass', (m) => (known(m.cost.ratio) ? `${number(m.cost.ratio)}×` : '–')],
     ['Time', (m) => duration(m.cost.seconds)],
     ['Peak memory', (m) => (known(m.cost.peak_memory_mb) ? megabytes(m.cost.peak_memory_mb) : '–')],
-    methods.some((m) => m.curve.length) && ['Damping taken', (m) => number(m.damping)],
+    methods.some((m) => m.curve.length) && [
+      'Setting taken',
+      (m) => (known(m.setting) ? `${m.option} ${number(m.setting)}` : '–'),
+    ],
     known(removed) && [
       `Without its top ${grouped(removed)} (${COMPARISON.unit})`,
       (m) => ranged(m.method === 'random' ? COMPARISON.removed_at_random : m.removal),
@@ -166,27 +169,27 @@ function ldsTable(methods) {
   );
 }
 
-function dampingTable(methods) {
+function settingTable(methods) {
   const tuned = methods.filter((m) => m.curve.length);
   if (!tuned.length) return null;
-  const values = [...new Set(tuned.flatMap((m) => m.curve.map((point) => point.damping)))].sort((a, b) => a - b);
+  const values = [...new Set(tuned.flatMap((m) => m.curve.map((point) => point.setting)))].sort((a, b) => a - b);
   const cell = (m, value) => {
-    const point = m.curve.find((p) => p.damping === value);
+    const point = m.curve.find((p) => p.setting === value);
     if (!point) return el('td', { class: 'num dim' }, '–');
     const text = `${places(point.tuning.value)} → ${places(point.reported.value)}`;
-    return el('td', { class: 'num' }, value === m.damping ? el('strong', {}, '◆ ', text) : text);
+    return el('td', { class: 'num' }, value === m.setting ? el('strong', {}, '◆ ', text) : text);
   };
   return [
-    el('h3', {}, 'How much does the damping matter?'),
+    el('h3', {}, 'How much does the setting matter?'),
     tableBox(
-      'LDS by damping',
+      'LDS by setting',
       el(
         'table',
         { class: 'plain numbers' },
         el(
           'caption',
           {},
-          'LDS where the damping was chosen → LDS on the queries and subsets that are reported; ◆ the one chosen',
+          'LDS where the setting was chosen → LDS on the queries and subsets that are reported; ◆ the one chosen',
         ),
         el(
           'thead',
@@ -201,7 +204,7 @@ function dampingTable(methods) {
         el(
           'tbody',
           {},
-          ...tuned.map((m) => el('tr', {}, el('th', { scope: 'row' }, m.method), ...values.map((v) => cell(m, v)))),
+          ...tuned.map((m) => el('tr', {}, el('th', { scope: 'row' }, `${m.method}: ${m.option}`), ...values.map((v) => cell(m, v)))),
         ),
       ),
     ),
@@ -268,7 +271,7 @@ function drawComparison() {
       { class: 'dim small' },
       `The LDS is Spearman’s correlation, over subsets, of the sum of a method’s scores of the documents in a subset with what training on it gave; mean over queries.${tuning} A plain pass is one forward and backward pass over all documents; peak memory is the whole process’s while the method ran.`,
     ),
-    dampingTable(methods),
+    settingTable(methods),
     agreementTable(methods),
     COMPARISON.notes.length > 0 &&
       el('ul', { class: 'notes' }, ...COMPARISON.notes.map((note) => el('li', {}, note))),

@@ -59,6 +59,13 @@ def test_the_subject_learns_repeats_and_starts_anew(small: Digits):
     np.testing.assert_allclose(behaviour.evaluate(first.model, first.objective), expected.detach(), rtol=1e-5)
 
 
+def test_the_smooth_perceptron_begins_with_the_same_weights(small: Digits):
+    recipe = RECIPE.model_copy(update={"epochs": 1, "checkpoints": 0})
+    subject = digits_subject(small, recipe, smooth=True)
+    assert [type(part).__name__ for part in subject.model.children()] == ["Linear", "SiLU", "Linear", "SiLU", "Linear"]
+    assert model_hash(subject.start_model()) == model_hash(start())
+
+
 def test_gradients_and_hessian_of_the_convex_twin_are_those_of_autograd(small: Digits):
     few = digits(train=6, queries=20, tuning=20).train
     matrix = torch.from_numpy(np.random.default_rng(0).normal(size=(10, 64)) / 8)

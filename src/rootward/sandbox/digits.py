@@ -110,11 +110,26 @@ def start() -> nn.Module:
         )
 
 
-def digits_subject(data: Digits | None = None, recipe: Recipe = RECIPE) -> Subject:
-    """The perceptron trained by the recipe, with all its parameters (biases too) to be attributed."""
+def start_smooth() -> nn.Module:
+    """The same with SiLU in place of ReLU: its training is a smooth function of the documents' weights."""
+    model = start()
+    assert isinstance(model, nn.Sequential)
+    return nn.Sequential(*(nn.SiLU() if isinstance(part, nn.ReLU) else part for part in model))
+
+
+def digits_subject(data: Digits | None = None, recipe: Recipe = RECIPE, *, smooth: bool = False) -> Subject:
+    """The perceptron trained by the recipe, with all its parameters (biases too) to be attributed.
+
+    ``smooth``: with SiLU, for what differentiates the training itself.
+    """
     found = digits() if data is None else data
     return Subject.trained(
-        start, found.train.documents, Classification(), recipe, name="digits", parameters=r"weight|bias"
+        start_smooth if smooth else start,
+        found.train.documents,
+        Classification(),
+        recipe,
+        name="digits",
+        parameters=r"weight|bias",
     )
 
 

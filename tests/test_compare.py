@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -22,10 +23,13 @@ from rootward.core.scores import Scores
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.subject import Subject
 from rootward.verification import compare as verification
+from rootward.verification.compare_plan import estimate_comparison
 from rootward.verification.curves import removal_curves
 from rootward.verification.lds import lds, margin
+from rootward.verification.loo import leave_one_out, loo, sample_documents
 from rootward.verification.stats import paired_interval
 from rootward.verification.subsets import draw_subsets, retrain_subsets
+from rootward.verification.tail_patch import tail_patch
 from tests.verification import convex
 
 RESAMPLES = 40
@@ -121,14 +125,15 @@ def test_tuning_and_removal_choose_on_other_queries_than_are_reported(line: Subj
     asked = losses(line)
     call: dict[str, Any] = {"methods": ["exact_influence"], "options": {"exact_influence": {"solver": "dense"}}}
     found, scores = rootward.compare(
-        line, asked, tmp_path / "r", subsets=12, allow_few=True, removal=4, seeds=(0, 1), workers=0, **call
-    )
+        line, asked, tmp_path / "r", subsets=12, allow_few=True, removal=4, leave_out=6, tail_patch=2, seeds=(0, 1),
+        workers=0, **call,
+    )  # fmt: skip
     one = next(m for m in found.methods if m.method == "exact_influence")
     assert (found.queries, found.tuning_queries, found.subsets, found.tuning_subsets) == (4, 4, 12, 6)
     assert [point.setting for point in one.curve] == sorted({1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0})
     best = max(one.curve, key=lambda point: point.tuning.value)
     assert (one.option, one.setting, one.lds) == ("damping", best.setting, best.reported)
-    assert found.ceiling is not None
+    assert found.ceiling is not None and found.loo_ceiling is not None
     # the parts, by hand
     first, second = asked.split(0)
     chosen = [n for n, q in enumerate(asked.queries) if q.name in {query.name for query in first.queries}]
@@ -147,6 +152,66 @@ def test_tuning_and_removal_choose_on_other_queries_than_are_reported(line: Subj
     assert found.removed_at_random == control.effect
     assert one.beyond_random == paired_interval(control.values, curves.of("x").points[0].values)
     assert any("Too few training seeds for the removal: very wide" in note for note in found.notes)
+    left = leave_one_out(line, found.left_out or [], second, seeds=(0, 1), cache=cache, workers=0)
+    alone = loo(scores["exact_influence"], left, resamples=RESAMPLES)
+    assert (one.loo, one.loo_pearson) == (alone.methods[0].spearman, alone.methods[0].pearson)
+    assert alone.ceiling is not None and found.loo_ceiling == alone.ceiling.ceiling
+    step = tail_patch(line, scores["exact_influence"], second, count=2)
+    assert (one.tail_patch, one.tail_patch_beyond_random) == (step.methods[0].effect, step.methods[0].beyond_random)
+    assert found.patched_at_random == step.control
+
+
+def test_leave_one_out_and_single_steps_are_those_of_the_closed_form(line: Subject, tmp_path: Path):
+    call: dict[str, Any] = {**CALL, "subsets": 4, "allow_few": True, "leave_out": 10, "tail_patch": 3}
+    planned = {name: value for name, value in call.items() if name not in ("methods", "workers")}
+    plan = api.comparison_plan(line, convex.behaviour(), call["methods"], **planned)
+    folder = tmp_path / "r"
+    assert estimate_comparison(plan, cache=folder / "retrain", workers=0).jobs == 4 + 1 + 10
+    found, scores = rootward.compare(line, convex.behaviour(), folder, **call)
+    assert len(list(folder.glob("retrain/jobs/*"))) == 4 + 1 + 10
+    assert estimate_comparison(plan, cache=folder / "retrain", workers=0).pending <= 5  # stand-ins for the ends
+    assert found.left_out is not None and len(set(found.left_out)) == 10
+    assert (found.left_out[:5], found.left_out_at_random) == (list(sample_documents(line, 5)), 5)
+    assert any(note.startswith("Only 10 documents left out") for note in found.notes)
+    # least squares without each document, and one step of gradient descent from the fit
+    x, y, points = (part.astype(np.float64) for part in convex.data())
+    best = np.linalg.lstsq(x, y, rcond=None)[0]
+    rows = [line.documents.ids.index(name) for name in found.left_out]
+    without = [np.linalg.lstsq(np.delete(x, n, 0), np.delete(y, n), rcond=None)[0] for n in rows]
+    changes = np.array([points @ (weight - best) for weight in without]).T
+    weight = next(line.model.parameters()).detach().double().numpy().reshape(-1)
+    steps = -convex.RECIPE.lr * points @ ((x @ weight - y)[:, None] * x).T
+    assert found.patched_documents == 3 and found.patched_at_random is not None
+    for one in found.methods:
+        table = np.broadcast_to(scores[one.method].values.astype(np.float64), (convex.QUERIES, convex.N))
+        naive = [
+            0.0 if np.ptp(row[rows]) == 0 else stats.pearsonr(-row[rows], truth).statistic
+            for row, truth in zip(table, changes, strict=True)
+        ]
+        assert one.loo is not None and one.loo_pearson is not None
+        assert one.loo_pearson.value == pytest.approx(np.mean(naive), abs=0.01)
+        if one.method == "random":
+            assert one.loo.low < 0 < one.loo.high
+            assert (one.tail_patch, one.tail_patch_beyond_random) == (None, None)
+            continue
+        top = [steps[q, np.argsort(-table[q], kind="stable")[:3]].mean() for q in range(convex.QUERIES)]
+        assert one.tail_patch is not None and one.tail_patch_beyond_random is not None
+        assert one.tail_patch.value == pytest.approx(np.mean(top), rel=1e-3)
+        beyond = one.tail_patch.value - found.patched_at_random.value
+        assert one.tail_patch_beyond_random.value == pytest.approx(beyond)
+    exact = next(one for one in found.methods if one.method == "exact_influence")
+    assert exact.loo is not None and exact.loo_null is not None and exact.tail_patch_beyond_random is not None
+    assert exact.loo.value > 0.9 and exact.loo.low > exact.loo_null.high > 0 > exact.loo_null.low
+    assert exact.tail_patch_beyond_random.low > 0
+
+
+def test_truths_that_were_not_asked_for_are_not_there(whole: Any):
+    found = whole[1]
+    assert (found.left_out, found.left_out_at_random, found.patched_documents, found.patched_at_random) == (None,) * 4
+    assert all((one.loo, one.loo_pearson, one.loo_null, one.tail_patch) == (None,) * 4 for one in found.methods)
+    text = (whole[0] / "compare.json").read_text()
+    old = {key: value for key, value in json.loads(text).items() if key not in ("left_out", "patched_documents")}
+    assert Comparison.model_validate(old) == found  # as an earlier version wrote it
 
 
 def test_every_method_is_tuned_over_what_it_declares_unless_it_is_told_not_to(line: Subject):
@@ -297,6 +362,9 @@ def test_the_same_call_again_and_one_with_more_do_only_what_is_new(
         ({"seeds": ()}, "at least one"),
         ({"removal": "100%"}, "removal: expected 1 to 39 documents"),
         ({"removal": 3}, "cannot be divided"),
+        ({"leave_out": 41}, "leave_out: expected 3 to 40 different documents, got 41"),
+        ({"leave_out": 2}, "leave_out: expected 3 to 40"),
+        ({"tail_patch": 40}, "tail_patch: expected 1 to 39 of 40"),
         ({"planted": ("kind", "bad")}, "planted: expected some .*found 0 of 40"),
         ({"tune": True, "options": {}}, "cannot be divided"),
     ],
@@ -328,6 +396,9 @@ def test_too_few_documents_or_queries_to_divide_and_no_way_to_retrain_are_refuse
     stranger = Subject(convex.start(), items, line.objective)
     with pytest.raises(InputError, match="no recipe and start are known.*rootward train"):
         rootward.compare(stranger, convex.behaviour(), tmp_path / "r", methods=["gradient_dot"])
+    owned = Subject(convex.start(), line.documents, line.objective, retrain="train {documents} {out} {seed}")
+    with pytest.raises(InputError, match="tail_patch: .* has no recipe"):
+        rootward.compare(owned, convex.behaviour(), tmp_path / "r", methods=["gradient_dot"], tail_patch=2)
     assert not (tmp_path / "r").exists()
 
 

@@ -26,7 +26,7 @@ from rootward.core.memory import forget_peak, peak_memory_mb
 from rootward.core.progress import Progress, silent
 from rootward.core.records import Comparison, Cost, Interval, MethodResult, TokenScores, Trace, Verdict, write_model
 from rootward.core.runfolder import RunFolder, open_run
-from rootward.core.scorefile import read_scores, write_scores
+from rootward.core.scorefile import read_scores, score_parts, write_scores
 from rootward.core.scores import Scores
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.subject import Subject
@@ -135,7 +135,7 @@ def trace(
             folder.timing("plain_pass", plain)
         scores = _attributed(inputs, plan, folder)
         write_documents(subject, folder, inputs)
-        folder.write_scores(list(_score_parts(scores)))
+        folder.write_scores(score_parts(scores))
         record = _record(inputs, plan, scores, truth, plain, token_documents)
         record = record.model_copy(update={"planted_field": _planted_field(planted)})
         write_model(folder.path / "trace.json", record)
@@ -266,15 +266,6 @@ def baselines_for(subject: Subject, behaviour: Behaviour) -> tuple[str, ...]:
     return tuple(name for name in names if name not in without)
 
 
-def _score_parts(scores: Mapping[str, Scores]) -> list[tuple[str, int, Sequence[str], Any]]:
-    parts: list[tuple[str, int, Sequence[str], Any]] = []
-    for name, found in scores.items():
-        parts.append((name, -1, found.document_ids, found.mean))
-        if len(found.queries) > 1:
-            parts += [(name, q, found.document_ids, row) for q, row in enumerate(found.values)]
-    return parts
-
-
 def _truth(subject: Subject, planted: tuple[str, Any] | None) -> np.ndarray | None:
     if planted is None:
         return None
@@ -367,6 +358,8 @@ def compare(
     seeds: Sequence[int] = (0,),
     tune: bool = True,
     removal: int | str | None = None,
+    leave_out: int | None = None,
+    tail_patch: int | None = None,
     planted: tuple[str, Any] | None = None,
     allow_few: bool = False,
     split_seed: int = 0,
@@ -391,6 +384,9 @@ def compare(
         seeds: of the recipe, for every subset; two or more give a noise ceiling.
         tune: choose what each method declares on half of the queries and half as many subsets more; report the rest.
         removal: also train without so many (or ``"5%"``) of each method's top documents, and as many random ones.
+        leave_out: also train without each of so many documents, half of them drawn at random and half from both ends of
+            all rankings (`loo.spread_documents`), for a correlation with what each does alone; one training for each.
+        tail_patch: also take one step on each query's so many top documents, and as many random ones: no training.
         planted: (metadata field, value) of documents known to cause the behaviour, for an AUROC.
         allow_few: accept fewer than 60 subsets; the result is marked.
         split_seed: of the division of the queries, where ``tune`` or ``removal`` needs one.
@@ -409,7 +405,7 @@ def compare(
 
     plan = comparison_plan(
         subject, behaviour, methods, options=options, subsets=subsets, seeds=seeds, tune=tune, removal=removal,
-        planted=planted, allow_few=allow_few, split_seed=split_seed,
+        leave_out=leave_out, tail_patch=tail_patch, planted=planted, allow_few=allow_few, split_seed=split_seed,
     )  # fmt: skip
     with _compared(run, plan) as folder:
         inputs = MethodInputs(subject, behaviour, token_budget, None, progress)
@@ -421,7 +417,7 @@ def compare(
             plan, found, cache=folder.path / "retrain", workers=workers, plain=plain, notes=notes, progress=progress
         )
         folder.timing("retraining", record.retraining_seconds)
-        folder.write_scores(list(_score_parts(chosen)))
+        folder.write_scores(score_parts(chosen))
         write_model(folder.path / "compare.json", record)
         folder.update(coverage=inputs.coverage(gradients=True), seeds=list(seeds))
     return record, chosen

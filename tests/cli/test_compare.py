@@ -28,6 +28,7 @@ def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "RESAMPLES", 20)
         more = ["--method", "gradient_dot", "--method", "logra", "--removal", "10%"]
+        more += ["--leave-out", "4", "--tail-patch", "2"]
         return out, done(*compare(world, out, *more, "--planted", "planted=true"))
 
 
@@ -40,6 +41,7 @@ def test_it_prints_the_table_and_what_to_take_and_writes_the_page(made: tuple[Pa
     assert [row[1] for row in table[: len(ranked)]] == ranked
     assert found["summary"] in " ".join(lines)
     said = ("FEW: mostly noise", "without its top 6 (nats)", "AUROC of the planted", "LDS by setting", "agreement")
+    said += ("4 documents left out", "drawn at random and 2 from both", "of a query's top 2", "less 2 random")
     assert [words for words in said if words not in result.out] == []
     assert "representation_cosine *" in result.out and "logra *" not in result.out
     assert all(len(line) <= 120 for line in lines if not line.startswith(("Take", "Cannot", "- ")))
@@ -60,6 +62,9 @@ def test_all_baselines_are_there_and_the_numbers_are_ordered(made: tuple[Path, R
     assert len(by_name["logra"]["curve"]) == 6 and by_name["gradient_dot"]["curve"] == []
     assert by_name["bm25"]["auroc"]["value"] > 0.9  # the words give the habit away
     assert by_name["random"]["removal"] is None and by_name["bm25"]["removal"] is not None
+    assert (len(found["left_out"]), found["left_out_at_random"], found["patched_documents"]) == (4, 2, 2)
+    assert all(one["loo"]["n"] == one["loo_pearson"]["n"] == 4 for one in by_name.values())
+    assert [name for name, one in by_name.items() if one["tail_patch"] is None] == ["random"]
 
 
 def test_a_comparison_that_is_there_is_shown_and_replays_from_its_config(made: tuple[Path, Result]):
@@ -110,6 +115,12 @@ def test_a_plan_says_what_it_costs_and_writes_nothing(world: World, tmp_path: Pa
     for flag, models in (("--no-tune", 4), ("--tune", 4 + 3)):
         plain = done(*compare(world, tmp_path / "c", flag, "--dry-run", "--json")).document["estimate"]["details"]
         assert (plain["models"], plain["settings tuned over"]) == (models, 23 if models > 4 else 0)
+    more = ["--no-tune", "--leave-out", "5", "--tail-patch", "1", "--plan", "--json"]
+    single = done(*compare(world, tmp_path / "c", *more))
+    details = single.document["estimate"]["details"]
+    assert (details["models"], details["documents left out one by one"]) == (4 + 1 + 5, 5)
+    assert details["single steps, at most"] == 60  # every document once
+    assert "single steps, at most" not in plain
     assert not (tmp_path / "c").exists()
 
 
@@ -122,6 +133,9 @@ def test_a_plan_says_what_it_costs_and_writes_nothing(world: World, tmp_path: Pa
         (["--planted", "plantd=true"], ["plantd"]),
         (["--removal", "200%"], ["removal"]),
         (["--seeds", "1,1"], ["none twice"]),
+        (["--leave-out", "2"], ["leave_out"]),
+        (["--leave-out", "61"], ["leave_out: expected 3 to 60"]),
+        (["--tail-patch", "60"], ["tail_patch: expected 1 to 59 of 60"]),
     ],
 )
 def test_bad_input_is_refused_and_leaves_no_folder(world: World, tmp_path: Path, more: list[str], words: list[str]):

@@ -336,6 +336,11 @@ def make_comparison(n: int, told: bool) -> Comparison:
                 removal=None if name == "random" else around(-0.5),
                 beyond_random=None if name == "random" else around(-0.4),
                 auroc=around(0.8),
+                tail_patch=around(0.231) if told and name != "random" else None,
+                tail_patch_beyond_random=around(0.227) if told and name != "random" else None,
+                loo=around(value - 0.1) if told else None,
+                loo_pearson=around(value - 0.2) if told else None,
+                loo_null=around(0.0) if told else None,
             )
         )
     count = len(methods)
@@ -361,6 +366,11 @@ def make_comparison(n: int, told: bool) -> Comparison:
         summary="Take ekfac: LDS 0.41; bm25 does as well." if told else "Cannot tell: nothing beats a random order.",
         removed_documents=10,
         removed_at_random=around(-0.1),
+        left_out=[f"id{place}" for place in range(7)] if told else None,
+        left_out_at_random=4 if told else None,
+        loo_ceiling=around(0.62) if told else None,
+        patched_documents=3 if told else None,
+        patched_at_random=around(0.004) if told else None,
         planted_field="kind=planted",
         plain_pass_seconds=8.0,
         retraining_seconds=3600.0,

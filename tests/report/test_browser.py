@@ -152,12 +152,26 @@ def test_a_comparison_is_drawn_with_its_chart_and_tables(chromium: str, tmp_path
     assert "not told from it, cheaper" in section
     assert "◆ 0.40 → 0.41" in section
     assert "−0.40" in section  # without the top, less the random ones
-    assert section.count("<td") > 25 + 5 * 8
+    assert "Leave-one-out, Spearman [95 %]" in section and "One step on its top 3 (nats)" in section
+    assert re.search(r">0.31<span[^>]*> \[0.21 to 0.41\]", section)  # left out: ekfac
+    assert re.search(r">0.231<span[^>]*> \[0.131 to 0.331\]", section)  # stepped on
+    assert "over 7 documents (4 drawn at random, 3 from both ends of the rankings)" in section
+    assert "the noise ceiling 0.62" in section
+    assert section.count("<td") > 25 + 5 * 13
     assert "ekfac: 0.41, 0.31 to 0.51" in section  # in words, for those who do not see the chart
     assert "&lt;/script&gt;" in section
     assert "Which method?</a>" in shown
     assert "◆ planted" in shown
+    assert "7 documents were left out one by one, the others were not tested alone" in shown
+
+
+def test_truths_that_were_not_asked_for_have_no_column(chromium: str, tmp_path: Path):
+    page = build(make_run(tmp_path / "run", 30, nasty=False, verdict=False, trace=False, compare=False))
+    shown = dom(chromium, tmp_path / "profile", page)
+    section = shown[shown.index('<section id="comparison"') : shown.index('<section id="documents"')]
+    assert "LDS [95 %]" in section
     assert "no single document was tested" in shown
+    assert "single documents" not in section and "Leave-one-out" not in section and "step" not in section
 
 
 @pytest.mark.parametrize("width", [400, 1400])

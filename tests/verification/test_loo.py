@@ -12,7 +12,15 @@ from rootward.core.errors import InputError, NumericalError
 from rootward.core.records import read_model, write_model
 from rootward.core.scores import Scores
 from rootward.subject.subject import Subject
-from rootward.verification.loo import LOO, LeftOut, leave_one_out, left_out_jobs, loo, sample_documents
+from rootward.verification.loo import (
+    LOO,
+    LeftOut,
+    leave_one_out,
+    left_out_jobs,
+    loo,
+    sample_documents,
+    spread_documents,
+)
 from tests.verification import convex
 
 FAST: dict[str, Any] = {"resamples": 200, "permutations": 50}
@@ -69,6 +77,50 @@ def test_documents_are_joined_by_id(line: Subject, truth: LeftOut) -> None:
     assert loo(replace(scores, values=scores.values[:, order], document_ids=ids), truth, **FAST) == loo(
         scores, truth, **FAST
     )
+
+
+def test_half_are_drawn_at_random_and_half_stand_at_both_ends_of_every_ranking(line: Subject) -> None:
+    generator, ids = np.random.default_rng(3), line.encoded.ids
+    rankings = [generator.normal(size=convex.N) for _ in range(3)]
+    chosen, drawn = spread_documents(line, rankings, 24, seed=5)
+    assert (len(chosen), len(set(chosen)), drawn) == (24, 24, 12)
+    assert chosen[:12] == sample_documents(line, 12, seed=5)
+    ends = [np.argsort(values) for values in rankings]
+    taken, rest, level = set(chosen[:12]), set(chosen[12:]), 0
+    while len(found := {ids[order[place]] for order in ends for place in (level, -1 - level)} - taken) <= len(rest):
+        assert found <= rest
+        taken, rest, level = taken | found, rest - found, level + 1
+    assert level >= 1 and rest and rest < found  # of the level that does not fit, some
+    assert set(spread_documents(line, rankings, convex.N)[0]) == set(ids)
+    for place in range(3):  # nothing of the choice depends on a ranking's direction, or on its unit
+        turned = [-7 * values if n == place else values for n, values in enumerate(rankings)]
+        assert spread_documents(line, turned, 24, seed=5) == (chosen, drawn)
+    order = generator.permutation(convex.N)
+    moved = Subject(line.model, [line.documents[int(n)] for n in order], line.objective)
+    ties = [np.zeros(convex.N), *rankings]  # a ranking that ranks nothing
+    assert spread_documents(moved, [values[order] for values in ties], 23) == spread_documents(line, ties, 23)
+    with pytest.raises(InputError, match="of 40 values each"):
+        spread_documents(line, [], 5)
+    with pytest.raises(InputError, match="of 40 values each"):
+        spread_documents(line, [rankings[0][:-1]], 5)
+    with pytest.raises(InputError, match="1 to 40 different documents, got 41"):
+        spread_documents(line, rankings, 41)
+
+
+def test_a_random_ranking_is_at_zero_on_the_documents_chosen_and_with_tops_alone_it_is_not(line: Subject) -> None:
+    generator, ids = np.random.default_rng(0), line.encoded.ids
+    both, tops = [], []
+    for seed in range(300):
+        effect, chance = generator.normal(size=(2, convex.N))
+        chosen = [ids.index(name) for name in spread_documents(line, [effect, chance], 20, seed=seed)[0]]
+        both.append(stats.spearmanr(effect[chosen], chance[chosen]).statistic)
+        drawn = {ids.index(name) for name in sample_documents(line, 10, seed=seed)}
+        high = {int(n) for values in (effect, chance) for n in np.argsort(-values)[:5]}
+        naive = sorted(drawn | high)
+        tops.append(stats.spearmanr(effect[naive], chance[naive]).statistic)
+    error = np.std(both, ddof=1) / 300**0.5
+    assert abs(np.mean(both)) < 3 * error
+    assert np.mean(tops) < -5 * error
 
 
 def test_of_copies_the_earliest_goes(line: Subject) -> None:

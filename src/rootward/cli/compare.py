@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,8 @@ def run(given: Mapping[str, Any], talk: Talk) -> int:
         "seeds": settings.seeds,
         "tune": settings.tune,
         "removal": settings.removal,
+        "leave_out": settings.leave_out,
+        "tail_patch": settings.tail_patch,
         "planted": planted_of(settings),
         "allow_few": settings.allow_few,
         "split_seed": settings.split_seed,
@@ -81,7 +83,9 @@ def _dry_run(settings: CompareSettings, plan: ComparisonPlan, talk: Talk) -> int
             config = entry.method.configure(dict(first))
             default = "all" if "training" in entry.method.card.needs else "final"
             passes += len(entry.settings) * (every if getattr(config, "checkpoints", default) == "all" else 1)
-    scoring = 1.2 * plain * passes
+    # a step is a pass over one document, and after it all queries are measured
+    steps = plan.most_steps * plain * (1 + len(plan.reported)) / len(plan.subject.encoded)
+    scoring = 1.2 * plain * passes + steps
     weights = estimate.parameter_bytes(plan.subject.model)
     training = weights if by_command(plan.subject) else 6 * weights * found.workers
     memory = max(training, estimate.pass_memory(plan.subject, budget) + 4 * tracked.layout.size * len(plan.behaviour))
@@ -91,6 +95,8 @@ def _dry_run(settings: CompareSettings, plan: ComparisonPlan, talk: Talk) -> int
         "models": found.jobs,
         "models still to make": found.pending,
         "processes": found.workers,
+        **({} if plan.left_out is None else {"documents left out one by one": plan.left_out}),
+        **({} if plan.patched is None else {"single steps, at most": plan.most_steps}),
         "scoring, at least": duration(scoring),
         "documents a subset": int(plan.subsets.masks[0].sum()),
         "queries reported": len(plan.reported),
@@ -157,6 +163,7 @@ def show(settings: CompareSettings, talk: Talk) -> None:
     page: Path | None = build(settings.out) if settings.report else None
     table(found, talk)
     tops(found, talk)
+    single(found, talk)
     tuning(found, talk)
     agreement(found, talk)
     for note in found.notes:
@@ -232,6 +239,43 @@ def tops(found: Comparison, talk: Talk) -> None:
     talk.table(columns, rows)
 
 
+def single(found: Comparison, talk: Talk) -> None:
+    """How well scores tell what single documents do, where that was measured: left out, or stepped on."""
+    if found.left_out is not None:
+        columns = [
+            (f"{len(found.left_out)} documents left out, one by one", "left"), ("Spearman [95 %]", "right"),
+            ("shuffled", "right"), ("Pearson [95 %]", "right"),
+        ]  # fmt: skip
+        rows = [
+            [_name(one), _or_dash(one.loo), f"< {one.loo_null.high:.2f}", _or_dash(one.loo_pearson)]
+            for one in found.methods
+            if one.loo_null is not None
+        ]
+        talk.table(columns, rows)
+        drawn = found.left_out_at_random or 0
+        talk.say(
+            f"Predicted with measured change, over {drawn} documents drawn at random and {len(found.left_out) - drawn} "
+            "from both ends of the rankings."
+        )
+        if found.loo_ceiling is not None:
+            talk.say(f"Noise ceiling: {ranged(found.loo_ceiling)}.")
+    if found.patched_documents is not None:
+        k = found.patched_documents
+        columns = [
+            (f"one step on each of a query's top {k}", "left"), (f"towards the goal ({found.unit})", "right"),
+            (f"less {k} random", "right"),
+        ]  # fmt: skip
+        rows = [
+            [
+                _name(one),
+                _or_dash(found.patched_at_random if one.method == "random" else one.tail_patch, _fine),
+                _or_dash(one.tail_patch_beyond_random, _fine),
+            ]
+            for one in found.methods
+        ]
+        talk.table(columns, rows)
+
+
 def tuning(found: Comparison, talk: Talk) -> None:
     """How the LDS that is reported depends on what was tuned, the chosen value in brackets."""
     tuned = [one for one in found.methods if one.curve]
@@ -267,6 +311,16 @@ def ranged(found: Interval) -> str:
     """``0.41 [0.30, 0.52]``; a single repetition has no interval."""
     value, low, high = (f"{round(number, 2) + 0.0:.2f}" for number in (found.value, found.low, found.high))
     return value if found.n < 2 else f"{value} [{low}, {high}]"
+
+
+def _fine(found: Interval) -> str:
+    """As `ranged`, to three digits: what a single step does is small."""
+    value, low, high = (f"{number:.3g}" for number in (found.value, found.low, found.high))
+    return value if found.n < 2 else f"{value} [{low}, {high}]"
+
+
+def _or_dash(found: Interval | None, write: Callable[[Interval], str] = ranged) -> str:
+    return "–" if found is None else write(found)
 
 
 def _passes(ratio: float) -> str:

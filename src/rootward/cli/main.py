@@ -206,6 +206,8 @@ def compare(
     seeds: o.SubsetSeeds = None,
     tune: o.Tune = None,
     removal: o.Removal = None,
+    leave_out: o.LeaveOut = None,
+    tail_patch: o.TailPatch = None,
     planted: o.Planted = None,
     allow_few: o.AllowFew = False,
     name: o.Name = None,

@@ -162,6 +162,12 @@ Tune = Annotated[
 Removal = Annotated[
     str | None, typer.Option("--removal", metavar="N|5%", help="Also train without the top of each ranking.")
 ]
+LeaveOut = Annotated[
+    int | None, typer.Option("--leave-out", metavar="N", help="Also train without each of N documents: N trainings.")
+]
+TailPatch = Annotated[
+    int | None, typer.Option("--tail-patch", metavar="K", help="Also take one step on each of a query's top K.")
+]
 AllowFew = Annotated[bool, typer.Option("--allow-few", help="Accept fewer than 60 subsets; the result is marked.")]
 Plan = Annotated[bool, typer.Option("--dry-run", "--plan", help="Print time, memory and disk needed; write nothing.")]
 ComparedMethods = Annotated[

@@ -128,6 +128,8 @@ class CompareSettings(SubjectSettings):
     )
     tune: bool = True
     removal: Count | None = None
+    leave_out: int | None = Field(None, ge=3)
+    tail_patch: int | None = Field(None, ge=1)
     planted: str | None = Field(None, pattern=r"^[^=]+=")
     allow_few: bool = False
     split_seed: int = Field(0, ge=0)

@@ -203,6 +203,11 @@ class ComparedMethod(Model):
     without as many random ones, both paired by seed. ``option`` is what a comparison tunes of this method (its
     damping, mostly; None: nothing) and ``setting`` the value taken. ``curve`` shows how the LDS depends on it where it
     was tuned; ``at_edge``: the chosen one is the first or last, so a wider range may have a better one.
+
+    Where documents were left out one by one: ``loo`` is Spearman's and ``loo_pearson`` Pearson's correlation over them
+    of the change that the scores predict with the measured one, mean over queries, and ``loo_null`` Spearman's for
+    shuffled scores. Where single steps were asked for: ``tail_patch`` is the mean change of the measurement, towards
+    its goal, after one training step on a top document, ``tail_patch_beyond_random`` less that of random ones.
     """
 
     method: str
@@ -223,6 +228,11 @@ class ComparedMethod(Model):
     removal: Interval | None = None
     beyond_random: Interval | None = None
     auroc: Interval | None = None
+    loo: Interval | None = None
+    loo_pearson: Interval | None = None
+    loo_null: Interval | None = None
+    tail_patch: Interval | None = None
+    tail_patch_beyond_random: Interval | None = None
     notes: list[str] = Field(default_factory=list[str])
 
 
@@ -234,6 +244,11 @@ class Comparison(Model):
     settings and, where documents were removed, which. ``recommended`` is None where nothing can be told from a random
     order; ``as_good`` are methods that cost less and cannot be told from it. ``few`` marks fewer subsets than an LDS
     needs.
+
+    ``left_out`` are the ids of the documents that were left out one by one, the first ``left_out_at_random`` of them
+    drawn at random, the others from both ends of the rankings; ``loo_ceiling`` is the most that scores can reach there.
+    ``patched_documents`` is the number of a query's top documents that one step was taken on, ``patched_at_random``
+    the mean change after a step on as many random ones.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -258,6 +273,11 @@ class Comparison(Model):
     summary: str
     removed_documents: int | None = None
     removed_at_random: Interval | None = None
+    left_out: list[str] | None = None
+    left_out_at_random: int | None = None
+    loo_ceiling: Interval | None = None
+    patched_documents: int | None = None
+    patched_at_random: Interval | None = None
     planted_field: str | None = None
     plain_pass_seconds: float | None = None
     retraining_seconds: float

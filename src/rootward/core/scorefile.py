@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,16 @@ from rootward.core.scores import Scores
 _KEY = b"rootward scores"
 _FORMAT = 1
 _TEXTS = ("method", "unit", "behaviour", "goal")
+
+
+def score_parts(scores: Mapping[str, Scores]) -> list[tuple[str, int, Sequence[str], Any]]:
+    """Rows of a run folder's table of scores: of each method the mean over queries (number -1), then each query."""
+    parts: list[tuple[str, int, Sequence[str], Any]] = []
+    for name, found in scores.items():
+        parts.append((name, -1, found.document_ids, found.mean))
+        if len(found.queries) > 1:
+            parts += [(name, q, found.document_ids, row) for q, row in enumerate(found.values)]
+    return parts
 
 
 def write_scores(path: Path, scores: Scores) -> None:

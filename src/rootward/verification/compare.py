@@ -5,6 +5,9 @@ The subject is trained again on random subsets of its documents; every method's 
 damping or what else a method declares. What is reported comes from the rest. Without such a choice all queries are
 reported.
 
+Three further truths where they are asked for: training without each ranking's top, training without single documents,
+and one training step on a top document. None of them takes part in the recommendation, which is by LDS.
+
 Scores are made elsewhere (`rootward.api.compare`): what is here needs no method, and takes scores of any origin.
 """
 
@@ -22,13 +25,15 @@ from rootward.core.progress import Progress, silent
 from rootward.core.records import ComparedMethod, Comparison, Interval, SettingPoint
 from rootward.core.scores import Scores
 from rootward.verification.advice import advise
-from rootward.verification.compare_plan import ComparisonPlan, Entry
+from rootward.verification.compare_plan import RANDOM_BASELINE, ComparisonPlan, Entry
 from rootward.verification.curves import RANDOM, Curves, removal_curves
 from rootward.verification.detection import detect
 from rootward.verification.lds import LDS, MIN_SUBSETS, Tuning, lds, margin, tune
+from rootward.verification.loo import LOO, MIN_LEFT_OUT, LeftOut, leave_one_out, loo, spread_documents
 from rootward.verification.resampling import RESAMPLES, Rows, correlate
 from rootward.verification.stats import paired_interval
 from rootward.verification.subsets import Retrained, joined, retrain_subsets
+from rootward.verification.tail_patch import TailPatch, tail_patch
 from rootward.verification.words import command_notes, measure_text
 
 
@@ -41,6 +46,17 @@ class _Result:
     scores: Scores
     lds: LDS
     tuning: Tuning | None
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What was asked for beside the LDS; None: it was not."""
+
+    curves: Curves | None = None
+    left_out: LeftOut | None = None
+    drawn: int | None = None
+    loo: LOO | None = None
+    patch: TailPatch | None = None
 
 
 def compare_scores(
@@ -75,8 +91,9 @@ def compare_scores(
     )
     results = [_result(plan, entry, scores[entry.name], truth) for entry in present]
     results.sort(key=lambda result: -result.lds.score.value)
-    curves = _removal(plan, results, cache, workers, progress)
-    methods = _methods(plan, results, curves)
+    asked = _asked(plan, results, cache, workers, progress)
+    curves, left, patch = asked.curves, asked.left_out, asked.patch
+    methods = _methods(plan, results, asked)
     advice = advise(methods, plan.reported_subsets, len(plan.seeds))
     behaviour, first = plan.behaviour, results[0].lds
     comparison = Comparison(
@@ -101,9 +118,14 @@ def compare_scores(
         summary=advice.summary,
         removed_documents=plan.removed,
         removed_at_random=None if curves is None else curves.of(RANDOM, "random").points[0].effect,
+        left_out=None if left is None else left.document_ids,
+        left_out_at_random=asked.drawn,
+        loo_ceiling=None if asked.loo is None or asked.loo.ceiling is None else asked.loo.ceiling.ceiling,
+        patched_documents=plan.patched,
+        patched_at_random=None if patch is None else patch.control,
         planted_field=None if plan.planted is None else f"{plan.planted[0]}={plan.planted[1]}",
         plain_pass_seconds=plain,
-        retraining_seconds=truth.seconds,
+        retraining_seconds=truth.seconds + (0.0 if left is None else left.seconds),
         notes=[*notes, *_notes(plan, methods, first)],
     )
     return comparison, {result.entry.name: result.scores for result in results}
@@ -126,6 +148,34 @@ def _result(plan: ComparisonPlan, entry: Entry, found: Mapping[str, Scores], tru
     return _Result(entry, setting, scores, lds(scores, there, allow_few=plan.allow_few, resamples=RESAMPLES), None)
 
 
+def _asked(
+    plan: ComparisonPlan, results: Sequence[_Result], cache: Path, workers: int | None, progress: Progress
+) -> _Beside:
+    """All that was asked for beside the LDS: steps before trainings, since they are cheap."""
+    told = plan.told
+    patch = None
+    if plan.patched is not None:
+        ranked = {one.entry.name: one.scores for one in results if one.entry.name != RANDOM_BASELINE}
+        patch = tail_patch(plan.subject, ranked, told, count=plan.patched, progress=progress)
+    curves = _removal(plan, results, cache, workers, progress)
+    if plan.left_out is None:
+        return _Beside(curves=curves, patch=patch)
+    names = [query.name for query in told.queries]
+    rankings = [
+        joined(one.scores, names, plan.subject.encoded.ids).mean(0)
+        for one in results
+        if one.entry.name != RANDOM_BASELINE
+    ]
+    ids, drawn = spread_documents(plan.subject, rankings, plan.left_out)
+    # on all queries, so that a comparison that reports others finds these trainings done
+    whole = leave_one_out(
+        plan.subject, ids, plan.behaviour, seeds=plan.seeds, cache=cache, workers=workers, progress=progress
+    )
+    left = whole.select(plan.reported)
+    judged = loo({one.entry.name: one.scores for one in results}, left, resamples=RESAMPLES)
+    return _Beside(curves, left, drawn, judged, patch)
+
+
 def _removal(
     plan: ComparisonPlan, results: Sequence[_Result], cache: Path, workers: int | None, progress: Progress
 ) -> Curves | None:
@@ -140,7 +190,7 @@ def _removal(
             queries=tuple(names),
         )
         for result in results
-        if result.entry.name != "random"
+        if result.entry.name != RANDOM_BASELINE
     }
     return removal_curves(
         plan.subject,
@@ -155,9 +205,10 @@ def _removal(
     )
 
 
-def _methods(plan: ComparisonPlan, results: Sequence[_Result], curves: Curves | None) -> list[ComparedMethod]:
+def _methods(plan: ComparisonPlan, results: Sequence[_Result], asked: _Beside) -> list[ComparedMethod]:
     """What is said of each; ``results`` stand by LDS."""
-    chance = next((result.lds for result in results if result.entry.name == "random"), None)
+    curves = asked.curves
+    chance = next((result.lds for result in results if result.entry.name == RANDOM_BASELINE), None)
     able = [_beats_random(result, chance) for result in results]
     # margins are to the method that would be taken: the first that beats random, else simply the first
     best = results[able.index(True)] if True in able else results[0]
@@ -166,7 +217,7 @@ def _methods(plan: ComparisonPlan, results: Sequence[_Result], curves: Curves | 
     for result, beats in zip(results, able, strict=True):
         name, one = result.entry.name, result.lds
         removal, beyond = None, None
-        if curves is not None and control is not None and name != "random":
+        if curves is not None and control is not None and name != RANDOM_BASELINE:
             point = curves.of(name).points[0]
             removal, beyond = point.effect, paired_interval(control.values, point.values)
         tuning = result.tuning
@@ -192,9 +243,22 @@ def _methods(plan: ComparisonPlan, results: Sequence[_Result], curves: Curves | 
                 removal=removal,
                 beyond_random=beyond,
                 auroc=_auroc(plan, result.scores),
+                **_single(name, asked),
                 notes=list(result.scores.notes),
             )
         )  # fmt: skip
+    return found
+
+
+def _single(name: str, asked: _Beside) -> dict[str, Interval]:
+    """One method against single documents: left out, and stepped on."""
+    found: dict[str, Interval] = {}
+    if asked.loo is not None:
+        one = asked.loo.of(name)
+        found |= {"loo": one.spearman, "loo_pearson": one.pearson, "loo_null": one.null}
+    if asked.patch is not None and name != RANDOM_BASELINE:
+        step = asked.patch.of(name)
+        found |= {"tail_patch": step.effect, "tail_patch_beyond_random": step.beyond_random}
     return found
 
 
@@ -207,7 +271,7 @@ def _setting(result: _Result) -> float | None:
 
 def _beats_random(result: _Result, chance: LDS | None) -> bool | None:
     """Above the same scores shuffled and, with its whole interval of differences, above one random order."""
-    if result.entry.name == "random":
+    if result.entry.name == RANDOM_BASELINE:
         return None
     above = result.lds.score.low > 0 and result.lds.score.value > result.lds.null.high
     return above and (chance is None or margin(result.lds, chance).low > 0)
@@ -237,6 +301,10 @@ def _notes(plan: ComparisonPlan, methods: Sequence[ComparedMethod], first: LDS) 
     if plan.removed is not None and len(plan.seeds) < 3:
         wide = "no interval" if len(plan.seeds) == 1 else "very wide intervals"
         notes.append(f"Too few training seeds for the removal: {wide}; take three or more for that.")
+    if plan.left_out is not None and plan.left_out < MIN_LEFT_OUT:
+        notes.append(
+            f"Only {plan.left_out} documents left out: below {MIN_LEFT_OUT} the correlation with them is mostly noise."
+        )
     whole = [one.method for one in methods if not one.per_query]
     if whole:
         notes.append(f"One ranking for all queries, not one for each: {', '.join(whole)}.")

@@ -18,7 +18,11 @@ from rootward.verification.cost import Estimate, estimate
 from rootward.verification.evaluation import Evaluation
 from rootward.verification.jobs import Job
 from rootward.verification.lds import MIN_SUBSETS
+from rootward.verification.loo import left_out_jobs, sample_documents
 from rootward.verification.subsets import COUNT, Subsets, check_seeds, draw_subsets
+
+RANDOM_BASELINE = "random"
+"""The baseline that ranks at random: it is no method whose top is removed or stepped on, since controls do that."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class ComparisonPlan:
     """A comparison that is planned and not yet run; every number of it is checked.
 
     ``subsets`` holds those that are reported (the first ``reported_subsets``) and the tuning ones; ``choosing`` and
-    ``reported`` are numbers of the behaviour's queries, ``removed`` a number of documents.
+    ``reported`` are numbers of the behaviour's queries, ``removed``, ``left_out`` (one by one) and ``patched`` (single
+    steps on so many of a query's top) numbers of documents.
     """
 
     subject: Subject
@@ -65,6 +70,21 @@ class ComparisonPlan:
     removed: int | None
     planted: tuple[str, Any] | None
     allow_few: bool
+    left_out: int | None = None
+    patched: int | None = None
+
+    @cached_property
+    def told(self) -> Behaviour:
+        """The behaviour on the queries that are reported."""
+        return self.behaviour.subset(self.reported) if self.choosing else self.behaviour
+
+    @property
+    def most_steps(self) -> int:
+        """The most single training steps that it can take: every document is stepped on at most once."""
+        if self.patched is None:
+            return 0
+        rankings = sum(entry.name != RANDOM_BASELINE for entry in self.entries)
+        return min(len(self.subject.encoded), self.patched * (1 + rankings * len(self.reported)))
 
     @cached_property
     def planted_ids(self) -> frozenset[str]:
@@ -87,6 +107,8 @@ class ComparisonPlan:
             "seeds": list(self.seeds),
             "choosing": list(self.choosing),
             "removed": self.removed,
+            "left_out": self.left_out,
+            "patched": self.patched,
             "planted": None if self.planted is None else list(self.planted),
         }
 
@@ -102,6 +124,8 @@ def plan_comparison(
     seeds: Sequence[int] = (0,),
     tune: bool = True,
     removal: int | str | None = None,
+    leave_out: int | None = None,
+    tail_patch: int | None = None,
     planted: tuple[str, Any] | None = None,
     allow_few: bool = False,
     split_seed: int = 0,
@@ -119,6 +143,8 @@ def plan_comparison(
         tune: choose what each method declares (`MethodConfig.TUNED`), its damping mostly, on half of the queries and
             half as many subsets more.
         removal: also retrain without so many (or ``"5%"``) of each method's top documents.
+        leave_out: also retrain without each of so many documents, one by one (`loo.spread_documents`).
+        tail_patch: also take one training step on each of so many of a method's top documents for a query.
         planted: (metadata field, value) of documents known to be the cause.
         allow_few: accept fewer than 60 subsets; the result is marked.
         split_seed: of the division of the queries, where there is one.
@@ -145,6 +171,7 @@ def plan_comparison(
     removed = None if removal is None else parse_count(removal, len(subject.encoded))
     if removed is not None and not 0 < removed < len(subject.encoded):
         raise InputError(f"removal: expected 1 to {len(subject.encoded) - 1} documents, got {removal!r} ({removed})")
+    _check_single(subject, leave_out, tail_patch)
     everything = tuple(range(len(behaviour)))
     try:
         choosing, reported = ((), everything) if not tuning and removed is None else _halves(behaviour, split_seed)
@@ -156,14 +183,31 @@ def plan_comparison(
             "settings with --no-tune (tune = False)"
         ) from error
     plan = ComparisonPlan(
-        subject, behaviour, entries, drawn, subsets, tuple(seeds), choosing, reported, removed, planted, allow_few
-    )
+        subject, behaviour, entries, drawn, subsets, tuple(seeds), choosing, reported, removed, planted, allow_few,
+        leave_out, tail_patch,
+    )  # fmt: skip
     if planted is not None and not 0 < len(plan.planted_ids) < len(set(subject.encoded.ids)):
         raise InputError(
             f"planted: expected some but not all documents with {planted[0]} = {planted[1]!r}, found "
             f"{len(plan.planted_ids)} of {len(subject.encoded)}"
         )
     return plan
+
+
+def _check_single(subject: Subject, leave_out: int | None, tail_patch: int | None) -> None:
+    """Whether documents can be left out one by one, and steps taken on single ones; `InputError` else."""
+    total, different = len(subject.encoded), len(set(subject.encoded.ids))
+    if leave_out is not None and not 3 <= leave_out <= different:
+        raise InputError(f"leave_out: expected 3 to {different} different documents, got {leave_out}")
+    if tail_patch is None:
+        return
+    if not 1 <= tail_patch < total:
+        raise InputError(f"tail_patch: expected 1 to {total - 1} of {total} usable documents, got {tail_patch}")
+    if subject.recipe is None:
+        raise InputError(
+            f"tail_patch: {subject.name} has no recipe, and the step takes its optimiser and learning rate; leave "
+            "--tail-patch (tail_patch) away, or call verification.tail_patch with sgd and a learning rate"
+        )
 
 
 def plan_entries(
@@ -215,16 +259,22 @@ def _halves(behaviour: Behaviour, seed: int) -> tuple[tuple[int, ...], tuple[int
 
 
 def estimate_comparison(plan: ComparisonPlan, *, cache: Path | None = None, workers: int | None = None) -> Estimate:
-    """What the retrainings will cost, from a few timed steps: those on subsets, and without the top of each ranking.
+    """What the retrainings will cost, from a few timed steps: on subsets, without tops and without single documents.
 
     Which documents are removed is not known yet: as many others stand in for them, and none of these counts as done.
+    Of those left out one by one the half drawn at random is known, and others stand in for the rest.
     """
     jobs = plan.subsets.jobs(plan.seeds)
     if plan.removed is not None:
         usable = plan.subject.encoded.rows
-        kinds = 2 + sum(entry.name != "random" for entry in plan.entries)  # the full set and the control
+        kinds = 2 + sum(entry.name != RANDOM_BASELINE for entry in plan.entries)  # the full set and the control
         for n in range(kinds):
             out = {usable[(n + k) % len(usable)] for k in range(plan.removed if n else 0)}
-            rows = tuple(row for row in usable if row not in out)
+            # turned round, so that none is taken for one of the trainings below, which measure more queries
+            rows = tuple(row for row in reversed(usable) if row not in out)
             jobs += [Job(f"removal {n}", rows, seed) for seed in plan.seeds]
+    if plan.left_out is not None:
+        drawn = sample_documents(plan.subject, (plan.left_out + 1) // 2)
+        ids = tuple(dict.fromkeys([*drawn, *plan.subject.encoded.ids]))[: plan.left_out]
+        jobs += left_out_jobs(plan.subject, ids, plan.seeds)
     return estimate(plan.subject, jobs, Evaluation(plan.behaviour, None, 0), cache=cache, workers=workers)

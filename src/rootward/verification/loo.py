@@ -10,6 +10,9 @@ and the wrong ``slope``.
 The effect of one document is small beside that of a seed, so every retraining is compared with the one on all
 documents under the same seed; what is left of the noise is told by the ceiling. Methods and baselines (BM25,
 representation similarity, length, random) are judged by the same retrainings.
+
+Which documents are left out decides what the correlation is about. `sample_documents` draws them at random, so it is
+about all documents, most of which do little; `spread_documents` has half of them from the ends of the rankings.
 """
 
 from __future__ import annotations
@@ -36,6 +39,9 @@ from rootward.verification.lds import PERMUTATIONS, Ceiling, ceiling_of
 from rootward.verification.resampling import RESAMPLES, Floats, Rows, correlate, draws, percentiles, resampled
 from rootward.verification.retrain import run_jobs
 from rootward.verification.subsets import by_name, check_seeds, joined, pick
+
+MIN_LEFT_OUT = 30
+"""With fewer documents a correlation over them has an interval of 0.7 and more from end to end around 0."""
 
 
 class LeftOut(Model):
@@ -72,6 +78,20 @@ class LeftOut(Model):
             return np.array(self.without, dtype=np.float64) - np.array(self.full, dtype=np.float64)
         except ValueError as error:
             raise InputError(f"LeftOut: values of uneven lengths: {error}") from error
+
+    def select(self, queries: Sequence[int]) -> LeftOut:
+        """Some of the queries, by number, in the order given."""
+        return LeftOut(
+            behaviour=self.behaviour,
+            unit=self.unit,
+            queries=[self.queries[q] for q in queries],
+            document_ids=self.document_ids,
+            total=self.total,
+            seeds=self.seeds,
+            full=[[seed[q] for q in queries] for seed in self.full],
+            without=[[[seed[q] for q in queries] for seed in document] for document in self.without],
+            seconds=self.seconds,
+        )
 
     @property
     def key(self) -> str:
@@ -119,6 +139,47 @@ def sample_documents(subject: Subject, count: int, *, seed: int = 0) -> tuple[st
     if not 1 <= count <= len(ids):
         raise InputError(f"count: expected 1 to {len(ids)} different documents, got {count}")
     return tuple(random.Random(f"rootward left out {seed} {len(ids)}").sample(ids, count))
+
+
+def spread_documents(
+    subject: Subject, rankings: Sequence[Floats], count: int, *, seed: int = 0
+) -> tuple[tuple[str, ...], int]:
+    """Documents to leave out that are not one method's choice: half at random, half from the ends of all rankings.
+
+    Half of ``count``, rounded up, are those of `sample_documents`. The others are taken level by level: the highest
+    and the lowest document of every ranking, then the second from either end, and so on; of a level that does not fit
+    as many as do are drawn at random. Both ends, since with the tops alone a ranking that has nothing to do with the
+    truth would not be expected at 0: the documents high in it are ordinary ones, those with large effects stand in its
+    middle, and the correlation is below 0. With both ends, turning a ranking round changes nothing in the choice, so
+    scores drawn at random are as often above 0 as below. Rankings that are alike fill one place where they agree.
+
+    Args:
+        subject: whose usable documents they are.
+        rankings: one value a document of ``subject.encoded`` ``[n]`` for each method, in any unit; ties stand by id.
+        count: 1 to the number of different documents.
+        seed: of what is drawn.
+
+    Returns:
+        The ids, and how many of them, the first ones, were drawn at random without a look at the rankings.
+    """
+    ids = subject.encoded.ids
+    if not rankings or any(np.shape(values) != (len(ids),) for values in rankings):
+        raise InputError(f"rankings: expected at least one, of {len(ids)} values each")
+    if not 1 <= count <= len(set(ids)):
+        raise InputError(f"count: expected 1 to {len(set(ids))} different documents, got {count}")
+    drawn = sample_documents(subject, (count + 1) // 2, seed=seed)
+    names = np.asarray(ids)
+    orders = [names[np.lexsort((names, values))].tolist() for values in rankings]
+    taken = list(drawn)
+    for level in range(len(ids)):
+        ends = {order[place] for order in orders for place in (level, -1 - level)}
+        found, room = sorted(ends.difference(taken)), count - len(taken)
+        if len(found) > room:
+            found = random.Random(f"rootward ends of rankings {seed} {level} {len(ids)}").sample(found, room)
+        taken += found
+        if len(taken) == count:
+            break
+    return tuple(taken), len(drawn)
 
 
 def left_out_jobs(subject: Subject, document_ids: Sequence[str], seeds: Sequence[int]) -> list[Job]:

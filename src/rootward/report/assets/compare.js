@@ -5,6 +5,11 @@ function ranged(interval) {
   if (!interval) return '–';
   return [places(interval.value), interval.n > 1 && el('span', { class: 'dim' }, ` [${between(interval)}]`)];
 }
+function small(interval) {
+  if (!interval) return '–';
+  const range = ` [${number(interval.low)} to ${number(interval.high)}]`;
+  return [number(interval.value), interval.n > 1 && el('span', { class: 'dim' }, range)];
+}
 const kindOf = (m) => (m.method === 'random' ? 'random' : m.baseline ? 'baseline' : 'method');
 
 function ldsScale(methods) {
@@ -248,6 +253,62 @@ function agreementTable(methods) {
   ];
 }
 
+function singleTable(methods) {
+  const { left_out: left, left_out_at_random: drawn, loo_ceiling: ceiling, patched_documents: patched } = COMPARISON;
+  if (!left && !known(patched)) return null;
+  const columns = [
+    left && ['Leave-one-out, Spearman [95 %]', (m) => ranged(m.loo)],
+    left && ['Shuffled', (m) => (m.loo_null ? `< ${places(m.loo_null.high)}` : '–')],
+    left && ['Leave-one-out, Pearson [95 %]', (m) => ranged(m.loo_pearson)],
+    known(patched) && [
+      `One step on its top ${grouped(patched)} (${COMPARISON.unit})`,
+      (m) => small(m.method === 'random' ? COMPARISON.patched_at_random : m.tail_patch),
+    ],
+    known(patched) && ['Less as many random ones', (m) => small(m.tail_patch_beyond_random)],
+  ].filter(Boolean);
+  const words = (text) => el('p', { class: 'dim small' }, text);
+  return [
+    el('h3', {}, 'What do single documents do?'),
+    tableBox(
+      'Methods against what single documents do',
+      el(
+        'table',
+        { class: 'plain numbers' },
+        el(
+          'thead',
+          {},
+          el(
+            'tr',
+            {},
+            el('th', { scope: 'col' }, 'Method'),
+            ...columns.map(([head]) => el('th', { scope: 'col', class: 'num' }, head)),
+          ),
+        ),
+        el(
+          'tbody',
+          {},
+          ...methods.map((m) =>
+            el(
+              'tr',
+              {},
+              el('th', { scope: 'row' }, m.method),
+              ...columns.map(([, write]) => el('td', { class: 'num' }, write(m))),
+            ),
+          ),
+        ),
+      ),
+    ),
+    left &&
+      words(
+        `Leave-one-out: correlation of the change that a method’s scores predict with the one measured after training without a document, over ${grouped(left.length)} documents (${grouped(drawn)} drawn at random, ${grouped(left.length - drawn)} from both ends of the rankings), mean over queries; chance is 0${ceiling ? `, the noise ceiling ${places(ceiling.value)}` : ''}.`,
+      ),
+    known(patched) &&
+      words(
+        `One step: mean change of the measurement towards its goal after a single training step on one of a query’s top ${grouped(patched)} documents (tail patch); for random, on one of as many random documents. It says what a document does now, not what it did in training.`,
+      ),
+  ];
+}
+
 function drawComparison() {
   if (!COMPARISON) return;
   const methods = COMPARISON.methods;
@@ -271,6 +332,7 @@ function drawComparison() {
       { class: 'dim small' },
       `The LDS is Spearman’s correlation, over subsets, of the sum of a method’s scores of the documents in a subset with what training on it gave; mean over queries.${tuning} A plain pass is one forward and backward pass over all documents; peak memory is the whole process’s while the method ran.`,
     ),
+    singleTable(methods),
     settingTable(methods),
     agreementTable(methods),
     COMPARISON.notes.length > 0 &&

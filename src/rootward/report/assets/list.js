@@ -374,7 +374,7 @@ function drawDocuments() {
       { class: 'lead' },
       verified ||
         (COMPARISON && !TRACE
-          ? 'Each score is an estimate of what the document does to the measurement. How good the estimates of a method are is said above; no single document was tested.'
+          ? `Each score is an estimate of what the document does to the measurement. How good the estimates of a method are is said above; ${COMPARISON.left_out ? `${grouped(COMPARISON.left_out.length)} documents were left out one by one, the others were not tested alone` : 'no single document was tested'}.`
           : 'Each score is an estimate of what the document does to the measurement. Nothing was retrained to test it.'),
     ),
     ...DATA.limits.map((limit) => el('p', { class: 'notice small' }, limit)),

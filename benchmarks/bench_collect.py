@@ -48,8 +48,8 @@ class Setting:
             tie_word_embeddings=False,
         )
         self.model = LlamaForCausalLM(config).eval()
-        words = Tokenizer(models.WordLevel({f"w{k}": k for k in range(VOCABULARY)}, unk_token="w0"))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+        words = Tokenizer(models.WordLevel({f"w{k:04d}": k for k in range(VOCABULARY)}, unk_token="w0000"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0000", eos_token="w0001")
         self.objective = CausalLM(tokenizer, TOKENS)
         ids = _text(torch.Generator().manual_seed(1), DOCUMENTS + QUERIES)
         trained = torch.ones(TOKENS, dtype=torch.bool)

@@ -10,7 +10,7 @@ import torch
 
 from rootward.api import attribute
 from rootward.capture import fit as fits
-from rootward.capture.curvatures import curvature_key, fitted, joined
+from rootward.capture.curvatures import FitOptions, curvature_key, fitted, joined, kept_in
 from rootward.capture.fit import FitConfig
 from rootward.capture.inputs import MethodInputs
 from rootward.core.errors import ArtefactError
@@ -29,6 +29,21 @@ class Log:
 
 def inputs_of(rows: int = 90, log: Log | None = None) -> MethodInputs:
     return MethodInputs(classifier(rows), outputs(randn(3, 5, seed=9)), progress=log or Log())
+
+
+def test_every_option_of_a_fit_is_in_its_config():
+    given = {"labels": "data", "draws": 3, "documents": 7, "covariance_documents": 5, "agreement": 0.5, "seed": 9}
+    given |= {"bf16": "never"}
+    assert {f"fit_{name}" for name in given} == set(FitOptions.model_fields)
+    config = FitOptions.model_validate({f"fit_{name}": value for name, value in given.items()}).fit_config("kfac")
+    assert config == FitConfig.model_validate({**given, "kind": "kfac"})
+    assert FitOptions().fit_config("ekfac") == FitConfig()
+
+
+def test_checkpoints_have_folders_below():
+    assert kept_in(None, 2) is None
+    assert kept_in("kept", None) == Path("kept")
+    assert kept_in("kept", 0) == Path("kept/checkpoint-0")
 
 
 def test_dampings_share_a_fit():
@@ -106,10 +121,10 @@ def test_sampled_labels_have_an_agreement_of_their_own():
     one, many = record(labels="sampled"), record(labels="sampled", draws=16)
     assert one.label_agreement is not None and many.label_agreement is not None
     assert 0.3 < one.label_agreement < many.label_agreement < 1
-    assert f"two label seeds correlate at {one.label_agreement:.3f} on 64 documents" in one.note
+    assert f"two label seeds correlate at {one.label_agreement:.3f} on 32 documents" in one.note
     for labels in ("data", "exact"):
         assert record(labels=labels).label_agreement is None
-    assert record(labels="sampled", documents=70).label_agreement == one.label_agreement  # the same 64 documents
+    assert record(labels="sampled", documents=70).label_agreement == one.label_agreement  # the same 32 documents
     assert record(labels="sampled", documents=70).documents == 70
 
 

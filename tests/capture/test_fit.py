@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+import rootward.capture.fit as fits
 from rootward.capture.fit import Fit, FitConfig, Fitted
 from rootward.capture.fitparts import Parts
+from rootward.capture.moments import CovarianceSums
+from rootward.capture.run import run_pass
 from rootward.capture.sites import track
 from rootward.core.errors import ArtefactError, InputError, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.curvature.base import DEFAULT, Damping
-from rootward.curvature.kronecker import KroneckerCurvature, flat
+from rootward.curvature.kronecker import Covariances, KroneckerCurvature, flat
 from rootward.subject.encode import Example
 from rootward.subject.objectives import Classification, Objective, Regression
 from tests.capture import worlds as w
@@ -174,10 +177,58 @@ def test_what_is_asked_for_is_what_is_used():
 
     record = fit(w.perceptron(), points(50), documents=11, covariance_documents=6, progress=note).record
     assert (record.documents, record.covariance_documents) == (11, 6)
-    assert seen == {"covariances of inputs": 6, "covariances of outputs": 6, "eigenvalues": 11}
+    assert seen == {"covariances": 6, "eigenvalues": 11}
     assert (record.kind, record.total_documents) == ("ekfac", 50)
     for text in ("ekfac from 11 of 50 documents", "covariances from 6", "every label by its probability"):
         assert text in record.note
+
+
+class Passes(Fit):
+    """A fit that notes what it ran."""
+
+    ran: ClassVar[list[tuple[str, tuple[str, ...], bool]]] = []
+
+    def feed(self, rows: Sequence[int], sinks: Sequence[Any], labels: Any, task: str) -> None:
+        self.ran.append((task, tuple(self.examples[n].id for n in rows), any(sink.backward for sink in sinks)))
+        super().feed(rows, sinks, labels, task)
+
+
+def test_each_statistic_has_documents_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Inputs from the most by a forward pass, output gradients from a few, eigenvalues from others first."""
+    monkeypatch.setattr(fits, "FIRST", 6)
+    monkeypatch.setattr(fits, "INPUTS", 4)
+    monkeypatch.setattr(fits, "OUTPUTS", 1)
+    monkeypatch.setattr(Passes, "ran", [])
+    model, examples = w.llama(), w.documents([3 + n % 5 for n in range(60)])
+    tracked = track(model, r"layers\.0.*proj")
+    found = Passes(model, w.causal(), examples, tracked, FitConfig(labels="data", documents=20), token_budget=40).run()
+    by_task: dict[tuple[str, bool], list[str]] = {}
+    for task, ids, backward in Passes.ran:
+        by_task.setdefault((task, backward), []).extend(ids)
+    few, others = by_task["covariances", True], by_task["covariances of inputs", False]
+    squares = by_task["eigenvalues", True]
+    assert (found.record.covariance_documents, found.record.documents) == (len(few) + len(others), 20)
+    assert 6 <= len(few) < len(others) < 60 - len(few)
+    assert not set(few) & {*others, *squares}
+    assert len(set(squares)) == 20 == len(squares)
+
+    def covariances(ids: Sequence[str], sides: Any) -> Covariances:
+        sink = CovarianceSums(tracked.layout, sides)
+        chosen = [example for example in examples if example.id in ids]
+        run_pass(model, w.causal(), chosen, [sink], tracked=tracked, token_budget=1000)
+        return sink.result()
+
+    inputs, outputs = covariances([*few, *others], "inputs"), covariances(few, "outputs")
+    gradients = w.naive(model, w.causal(), [e for e in examples if e.id in squares], tracked.layout.names)
+    for name in tracked.layout.names:
+        left, right = found.curvature.blocks[name].basis
+        assert left is not None and right is not None
+        for basis, one, key in ((left, outputs, outputs.left[name]), (right, inputs, inputs.right[name])):
+            assert key is not None
+            turned = basis.T @ one.sides[key].moment @ basis
+            close(turned, turned.diagonal().diag())
+        expected = (left.T @ gradients[name] @ right).square().mean(0)
+        close(found.curvature.blocks[name].eigenvalues, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,7 +278,8 @@ class Stop:
 
 
 @pytest.mark.parametrize(
-    ("task", "nth", "left"), [("covariances of outputs", 1, 3), ("eigenvalues", 1, 2), ("eigenvalues", 2, 1)]
+    ("task", "nth", "left"),
+    [("covariances of inputs", 1, 5), ("covariances", 2, 4), ("eigenvalues", 1, 2), ("eigenvalues", 2, 1)],
 )
 def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, task: str, nth: int, left: int):
     model, examples = w.perceptron(), points(300)
@@ -256,7 +308,7 @@ def test_parts_of_another_fit_are_not_taken(tmp_path: Path):
     same(found.curvature, fit(other, examples).curvature)
 
 
-@pytest.mark.parametrize("name", ["covariances-outputs", "moments"])
+@pytest.mark.parametrize("name", ["covariances-outputs-few-0", "moments"])
 @pytest.mark.parametrize("damage", ["cut", "nonsense"])
 def test_a_damaged_part_is_named(tmp_path: Path, name: str, damage: str):
     model, examples = w.perceptron(), points(20)
@@ -275,6 +327,26 @@ def test_a_document_that_is_not_finite_is_named(kind: str):
     broken.x[2] = torch.nan
     with pytest.raises(NumericalError, match=f"first document {broken.id} "):
         fit(w.perceptron(), examples, kind=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_not_finite_is_named(kind: str):
+    """The square root's slope at 0 is infinite; the loss is not."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4, bias=False).double(), nn.Linear(4, 3, bias=False).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).abs().sqrt())
+
+    examples = points(12)
+    broken = examples[7]
+    assert broken.x is not None
+    broken.x.zero_()
+    with pytest.raises(NumericalError, match=f"gradients of 1 .*first document {broken.id} .*skip_not_finite"):
+        fit(Root(), examples, kind=kind)
 
 
 class Lazy(nn.Module):

@@ -22,9 +22,9 @@ from rootward.capture.moments import CovarianceSums, SecondMoments
 from rootward.capture.precision import native_bfloat16
 from rootward.capture.rescaling import Rescaled, Scale
 from rootward.capture.run import predictions_of, run_pass
-from rootward.capture.sinks import BaseSink
+from rootward.capture.sinks import BaseSink, Products
 from rootward.capture.sites import Tracked
-from rootward.core.errors import InputError
+from rootward.core.errors import InputError, NumericalError
 from rootward.core.hashing import digest
 from rootward.core.progress import Progress, silent
 from rootward.core.records import Model
@@ -37,8 +37,9 @@ from rootward.subject.predictions import Labels, Predictions
 
 FEW_OUTPUTS = 32
 """Up to this many outputs every label is taken with its probability instead of sampled ones."""
-INPUTS, OUTPUTS = 128, 16
+INPUTS, OUTPUTS = 128, 8
 """Tokens of the covariances' samples over the widest side: the inputs' count for more and cost less."""
+Side = Literal["inputs", "outputs"]
 FIRST = 64
 """Documents after which the halves are compared for the first time."""
 
@@ -56,7 +57,7 @@ class FitConfig(Model):
         default=None,
         ge=1,
         description="documents for the covariances; by default 128 tokens per entry of the widest side for "
-        "inputs, which need no backward pass, and 16 for output gradients",
+        "inputs, which need no backward pass, and 8 for output gradients",
     )
     documents: int | None = Field(
         default=None, ge=1, description="documents for the eigenvalues; by default as many as `agreement` needs"
@@ -88,7 +89,7 @@ class FitRecord(Model):
     """What a fit used, and how far its sampling can be felt: correlations of scores (see `curvature.agreement`).
 
     ``half_agreement`` is that of eigenvalues from two halves of the documents, ``label_agreement`` that of eigenvalues
-    from two seeds of sampled labels, on the first `FIRST` documents alone. ``input_agreement`` is what the inputs'
+    from two seeds of sampled labels, on half of the first `FIRST` of them. ``input_agreement`` is what the inputs'
     covariances allow, judged by one block of each shape; ``agreement`` puts it together with that of the eigenvalues
     from all sampled documents, as a correlation with scores from an endless sample. Errors of the output gradients'
     covariances, and of blocks that differ from the one looked at, are not in it. All at the fit's ``damping``; None
@@ -121,7 +122,9 @@ class FitRecord(Model):
         if self.labels == "sampled":
             parts[-1] = f"labels sampled from the model ({self.draws} a document)"
         if self.label_agreement is not None:
-            parts[-1] += f", scores of two label seeds correlate at {self.label_agreement:.3f} on {FIRST} documents"
+            parts[-1] += (
+                f", scores of two label seeds correlate at {self.label_agreement:.3f} on {FIRST // 2} documents"
+            )
         if self.agreement is not None:
             below = self.asked is not None and self.agreement < self.asked
             parts.append(
@@ -134,6 +137,15 @@ class FitRecord(Model):
         if self.jittered:
             parts.append(f"eigendecomposition only with a jitter: {', '.join(self.jittered)}")
         return "; ".join(parts)
+
+
+def _last_target(example: Example) -> Example:
+    """The same inputs, with a single target: where only inputs are looked at, the output head has less to do."""
+    if example.targets < 2:
+        return example
+    trained = torch.zeros_like(example.trained)
+    trained[int(example.trained.nonzero()[-1])] = True
+    return replace(example, trained=trained, targets=1)
 
 
 @dataclass(frozen=True)
@@ -229,13 +241,16 @@ class Fit:
             return labels.draws
         return self._predictions().outputs.shape[1]
 
-    def feed(self, rows: Sequence[int], sink: BaseSink, labels: Labels, task: str) -> None:
+    def feed(self, rows: Sequence[int], sinks: Sequence[BaseSink], labels: Labels, task: str) -> None:
         """A pass over these documents with these labels, in the fit's coordinates."""
+        examples = [self.examples[n] for n in rows]
+        if not any(sink.backward for sink in sinks):
+            examples = [_last_target(example) for example in examples]
         run_pass(
             self.model,
             self.objective,
-            [self.examples[n] for n in rows],
-            [sink if self.scales is None else Rescaled(sink, self.scales)],
+            examples,
+            sinks if self.scales is None else [Rescaled(sink, self.scales) for sink in sinks],
             tracked=self.tracked,
             token_budget=self.token_budget,
             progress=self.progress,
@@ -246,10 +261,11 @@ class Fit:
     def _kronecker(self, labels: Labels, record: FitRecord) -> Fitted:
         order, seconds, began = self._order(), dict[str, float](), time.perf_counter()
         sample, few = self._covariance_sample(order, INPUTS), self._covariance_sample(order, OUTPUTS)
-        halves = [self._covariances(half, k, Labels()) for k, half in enumerate((sample[::2], sample[1::2])) if half]
+        halves, outputs = self._covariances(few, sample[len(few) :], labels)
         sums = CovarianceSums(self.tracked.layout)
-        for part in (*halves, self._covariances(few, None, labels)):
+        for part in (*halves, outputs):
             sums.merge(part)
+        self._require_finite(sums.sums, sample)
         seconds["covariances"] = time.perf_counter() - began
         began = time.perf_counter()
         dtype = next(self.model.parameters()).dtype
@@ -273,21 +289,64 @@ class Fit:
             curvature = bases.kfac(self.damping)
             return Fitted(curvature, record.model_copy(update={"dead": curvature.dead}))
         each = {name: bases.basis(name) for name in self.tracked.layout.names}
-        eigenvalues, record = self._moments(each, labels, order, record)
+        # squares along axes that were fitted to the same documents are biased: other documents come first
+        eigenvalues, record = self._moments(each, labels, order[len(few) :] + order[: len(few)], record)
         curvature = bases.corrected(eigenvalues, self.damping)
         return Fitted(curvature, record.model_copy(update={"dead": curvature.dead}))
 
-    def _covariances(self, rows: list[int], half: int | None, labels: Labels) -> CovarianceSums:
-        """Sums of one half of the inputs' sample, or (None) of the output gradients'."""
-        sums = CovarianceSums(
-            self.tracked.layout, "outputs" if half is None else "inputs", quick=self.config.quick(self.model)
-        )
-        name = sums.wanted if half is None else f"{sums.wanted}-{half}"
-        if self.parts is None or not self.parts.load_covariances(name, sums):
-            self.feed(rows, sums, labels, f"covariances of {sums.wanted}")
-            if self.parts is not None:
-                self.parts.save_covariances(name, sums)
+    def _covariances(
+        self, few: list[int], others: list[int], labels: Labels
+    ) -> tuple[list[CovarianceSums], CovarianceSums]:
+        """Sums of the inputs of all documents, in two halves, and of the output gradients of a ``few`` of them.
+
+        The few have their inputs summed in the pass that has their output gradients.
+        """
+        outputs, halves = self._sums("outputs"), [self._sums("inputs") for _ in few[:2]]
+        for k, half in enumerate(halves):
+            both = self._summed(("outputs", "inputs"), few[k::2], f"few-{k}", labels, "covariances")
+            outputs.merge(both[0])
+            half.merge(both[1])
+            if others[k::2]:
+                more = self._summed(("inputs",), others[k::2], f"others-{k}", Labels(), "covariances of inputs")
+                half.merge(more[0])
+        return halves, outputs
+
+    def _sums(self, side: Side) -> CovarianceSums:
+        return CovarianceSums(self.tracked.layout, side, quick=self.config.quick(self.model))
+
+    def _summed(
+        self, sides: Sequence[Side], rows: list[int], name: str, labels: Labels, task: str
+    ) -> list[CovarianceSums]:
+        """Sums of these sides from one pass over these documents, or from disk where it was finished before."""
+        parts, names = self.parts, [f"{side}-{name}" for side in sides]
+        sums = [self._sums(side) for side in sides]
+        if parts is not None:
+            if all([parts.load_covariances(*each) for each in zip(names, sums, strict=True)]):
+                return sums
+            sums = [self._sums(side) for side in sides]  # only one of them may have been there
+        self.feed(rows, sums, labels, task)
+        if parts is not None:
+            for each in zip(names, sums, strict=True):
+                parts.save_covariances(*each)
         return sums
+
+    def _require_finite(self, sums: Mapping[str, Tensor], rows: list[int]) -> None:
+        """Name the document whose gradient is not finite: its loss was, or the pass would have said so."""
+        bad = [name for name, value in sums.items() if not bool(torch.isfinite(value).all())]
+        if not bad:
+            return
+        layout, count = self.tracked.layout, len(rows)
+        first = next(self.model.parameters())
+        nothing = {name: torch.zeros(1, *layout.shape(name), device=first.device) for name in layout.names}
+        sink = Products(layout, nothing, count, norms=True)
+        self.feed(rows, [sink], Labels(), "looking for the document")
+        assert sink.squared is not None
+        found = [self.examples[rows[n]] for n in (~torch.isfinite(sink.squared)).nonzero().flatten().tolist()]
+        who = f"first document {found[0].id} (row {found[0].row})" if found else "with the model's own labels only"
+        raise NumericalError(
+            f"the gradients of {len(found)} sampled documents are not finite, {who}; seen at {bad[0]}; look at that "
+            "document's gradient, load the model with dtype float32, or leave such documents out (skip_not_finite)"
+        )
 
     def _input_agreement(self, bases: Eigenbases, halves: list[CovarianceSums]) -> float:
         """Correlation with an endless sample's scores that the inputs' covariances allow.
@@ -333,9 +392,10 @@ class Fit:
         while done < end:
             total.merge(self._part(bases, labels, order, done, end))
             if done == 0 and labels.kind == "sampled":
-                # other labels of the same documents: what sampling them alone changes
-                other = self._part(bases, replace(labels, seed=labels.seed + 1), order, 0, end, "labels")
-                twin = of_eigenvalues(layout, total.result(), other.result(), damping)
+                # the first half's documents with other labels: what sampling them alone changes
+                same, others = order[:end:2], replace(labels, seed=labels.seed + 1)
+                other = self._part(bases, others, same, 0, len(same), "labels")
+                twin = of_eigenvalues(layout, total.group(0), other.result(), damping)
             done = end
             half = of_eigenvalues(layout, total.group(0), total.group(1), damping)
             fixed = self.config.documents is not None
@@ -351,6 +411,7 @@ class Fit:
             "agreement": sure,
             "seconds": {**record.seconds, "eigenvalues": time.perf_counter() - began},
         }
+        self._require_finite(total.sums, order[:done])
         return total.result(), record.model_copy(update=found)
 
     def _squares(self, bases: Mapping[str, Basis]) -> SecondMoments:
@@ -368,7 +429,7 @@ class Fit:
         """Squares of sampled documents first to last, read from disk where they were finished before."""
         part = self._squares(bases)
         if self.parts is None or not self.parts.load_moments(part, first, last, name):
-            self.feed(order[first:last], part, labels, "eigenvalues")
+            self.feed(order[first:last], [part], labels, "eigenvalues")
             if self.parts is not None:
                 self.parts.save_moments(part, first, last, name)
         return part

@@ -118,6 +118,6 @@ def fit_joint(fit: Fit, base: KroneckerCurvature, count: int, documents: int | N
     gradients = len(rows) * fit.labels_per_document(labels)
     entries = largest_entries(base, max(1, min(count, gradients // ROWS_PER_ENTRY)))
     sink = JointMoments(base, entries)
-    fit.feed(rows, sink, labels, "joint entries")
+    fit.feed(rows, [sink], labels, "joint entries")
     assert sink.moment is not None
     return JointCurvature.of(base, entries, sink.moment / sink.documents)

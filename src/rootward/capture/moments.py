@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ class CovarianceSums(BaseSink):
     what few documents get wrong of an EK-FAC is the covariance of inputs. Two sinks, of inputs and of outputs, are
     put together by `merge`.
 
-    Matrices that are given the very same input (query, key and value; gate and up) share one sum: they are recognised
-    by their memory in each batch. Padding is left out. A table's side of one-hot inputs is its diagonal. A vector
-    has one side: sums over a document's tokens.
+    Matrices that are given the very same input (query, key and value; gate and up) share one sum, under the name that
+    comes first in the layout: they are recognised by their memory in each batch. Padding is left out. A table's side
+    of one-hot inputs is its diagonal. A vector has one side: sums over a document's tokens.
     """
 
     positions = True
@@ -56,6 +56,7 @@ class CovarianceSums(BaseSink):
         self.right: dict[str, str] = {}
         self._seen: dict[Memory, tuple[str, tuple[weakref.ref[Tensor], ...]]] = {}
         self._counted: set[str] = set()
+        self._fresh: set[str] = set()
         self._mask: Tensor | None = None
 
     def begin(self, block: Block) -> None:
@@ -64,6 +65,24 @@ class CovarianceSums(BaseSink):
         self._seen.clear()
         self._counted.clear()
         self._mask = None if bool(block.mask.all()) else block.mask
+
+    def end(self) -> None:
+        """Call inputs that were met for the first time after the first in the layout that is given them.
+
+        A backward pass meets the last first, a forward pass the first: both are to find one name.
+        """
+        for key in self._fresh:
+            side = key.rpartition(":")[2]
+            sides = self.left if side == "left" else self.right
+            users = [name for name in self.layout.names if sides.get(name) == key]
+            best = f"{users[0]}:{side}"
+            if best != key:
+                sides.update(dict.fromkeys(users, best))
+                self.sums[best] = self.sums.pop(key)
+                for counts in (self.tokens, self.documents):
+                    counts[best] = counts.pop(key)
+        self._fresh.clear()
+        super().end()
 
     def consume(self, name: str, factors: Sequence[Factor]) -> None:
         """Add one parameter's tokens."""
@@ -98,10 +117,14 @@ class CovarianceSums(BaseSink):
 
     def _set(self, sides: dict[str, str], name: str, key: str) -> None:
         if sides.setdefault(name, key) != key:
-            raise ArtefactError(
-                f"{name}: its input was shared with {sides[name]} in one batch and with {key} in another; leave it "
-                "out with `parameters`"
-            )
+            self._refuse(name, sides[name], key)
+
+    @staticmethod
+    def _refuse(name: str, one: str, other: str) -> NoReturn:
+        raise ArtefactError(
+            f"{name}: its input was shared with {one} in one batch and with {other} in another; leave it "
+            "out with `parameters`"
+        )
 
     def _output(self, sides: dict[str, str], name: str, key: str, rows: Callable[[], Tensor]) -> None:
         if self.wanted != "inputs":
@@ -109,7 +132,7 @@ class CovarianceSums(BaseSink):
 
     def _input(self, sides: dict[str, str], name: str, key: str, inputs: Sequence[Tensor]) -> None:
         if self.wanted != "outputs":
-            self._set(sides, name, self._add_inputs(key, inputs))
+            self._set(sides, name, self._add_inputs(sides.get(name, key), inputs))
 
     def _rows(self, x: Tensor) -> Tensor:
         """Tokens ``[m, d]`` without padding; a token may have several rows (heads, places of an image)."""
@@ -126,6 +149,10 @@ class CovarianceSums(BaseSink):
         if seen and all(ref() is not None for ref in seen):  # the memory of one that is gone may be another's by now
             return found
         self._seen[identity] = (key, tuple(weakref.ref(x) for x in inputs))
+        if key in self._counted:
+            self._refuse(key.rpartition(":")[0], key, "its own")
+        if key not in self.sums:
+            self._fresh.add(key)
         for x in inputs:
             self._add(key, self._rows(x), is_input=True)
         return key

@@ -40,8 +40,8 @@ class Sink(Protocol):
     """Decides what to make of a block. ``backward`` False and no ``modules``: only losses are wanted.
 
     ``inputs`` without ``backward``: factors with inputs alone are wanted, from a forward pass (output gradients are
-    zeros). ``modules`` names modules whose outputs are wanted (``activation``). `consume` is called once per wanted
-    parameter and block, with all of its factors.
+    zeros) unless another sink needs the backward pass. ``modules`` names modules whose outputs are wanted
+    (``activation``). `consume` is called once per wanted parameter and block, with all of its factors.
     """
 
     backward: bool
@@ -233,8 +233,6 @@ def _recorded(
     """The parameters with factors and the hooks for them; None where losses and activations are all that is wanted."""
     backward = any(sink.backward for sink in sinks)
     consumers = [sink for sink in sinks if sink.backward or sink.inputs]
-    if backward and any(sink.inputs and not sink.backward for sink in sinks):
-        raise InputError("run_pass: sinks of inputs alone need a pass of their own, without those that want gradients")
     if not consumers:
         return None, None
     wanted = _require(consumers, tracked).only(lambda name: any(s.wants(name) for s in consumers))

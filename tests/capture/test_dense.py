@@ -151,7 +151,7 @@ def test_too_much_is_refused_before_anything_is_run(monkeypatch: pytest.MonkeyPa
     model = Untouched(130)
     with pytest.raises(InputError, match=r"at most 12,000 parameters, got 13,000, whose matrix would need 5.41 GB"):
         exact_curvature(model, Classification(), w.vectors(), track(model))
-    monkeypatch.setattr(dense_room, "_free_memory", lambda device: 9_999)
+    monkeypatch.setattr(dense_room, "free_memory", lambda device: 9_999)
     small = Untouched(5)
     with pytest.raises(InputError, match=r"6 documents with 1 rows of 500 entries need 2.4e-05 GB"):
         gram_curvature(small, Classification(), w.vectors(), track(small))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rootward.capture.inputs import START, MethodInputs
+from rootward.capture.sinks import Losses
 from rootward.core.errors import ArtefactError, InputError, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.core.registry import Card
@@ -53,6 +54,19 @@ def test_values_become_scores_with_what_else_there_is_to_say(kind: str):
     assert (other.queries, other.unit) == (("mean",), "other")
     assert other.coverage is not None
     assert other.coverage.covered == 0
+
+
+def test_forward_passes_alone_measure_no_parameters():
+    said: list[tuple[str, int, int]] = []
+    inputs = MethodInputs(subject(), asked(), 2**20, progress=lambda *step: said.append(step))
+    losses = Losses(5)
+    inputs.feed([losses], inputs.subject.encoded, "the losses")
+    assert "tracked" not in vars(inputs) and said == [("the losses", 5, 5)]
+    x, y = (torch.tensor([row[key] for row in ROWS], dtype=torch.float64) for key in ("x", "y"))
+    own = inputs.subject.model(x).detach()
+    torch.testing.assert_close(losses.losses, 0.5 * (own - y).square().sum(1))
+    inputs.products({"0.weight": torch.ones(1, 3, 2)}, inputs.subject.encoded)
+    assert "tracked" in vars(inputs)
 
 
 def test_values_without_queries_are_for_their_mean_even_of_one():

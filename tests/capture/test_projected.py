@@ -122,7 +122,7 @@ def test_what_does_not_fit_or_is_not_finite_is_refused(monkeypatch: pytest.Monke
     inputs = inputs_of(MODELS["llama"]())
     sketch = Projection(inputs.tracked.layout, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_free_memory", lambda device: 1000)
+        patch.setattr(room, "free_memory", lambda device: 1000)
         with pytest.raises(InputError, match=r"documents: 4 projected gradients of \d+ entries .* fewer dimensions"):
             document_rows(inputs, sketch)
     huge = Projection(inputs.tracked.layout, 3, given={sketch.layout.names[0]: (torch.full((16, 1), torch.inf), None)})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rootward.capture.moments import CovarianceSums, SecondMoments
-from rootward.capture.rescaling import Rescaled, adam_scales, rescaled, rescaled_factor
+from rootward.capture.rescaling import Rescaled, adam_scales, rank_one, rescaled, rescaled_factor
 from rootward.core.block import Block, LookupFactor, MatrixFactor, VectorFactor
 from rootward.core.errors import ArtefactError, LayoutMismatch
 from rootward.core.layout import ParamLayout
@@ -33,6 +33,15 @@ def test_scales_are_exact_where_second_moments_are_of_rank_one():
     expected = {n: ((v / corrected).sqrt() + 1e-8).rsqrt() for n, v in second.items()}
     torch.testing.assert_close(torch.outer(*found["w"]), expected["w"], rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.outer(*found["b"])[0], expected["b"], rtol=1e-6, atol=0)
+
+
+def test_the_approximation_of_rank_one_keeps_the_sums_of_rows_and_columns():
+    matrix = torch.rand(3, 4, generator=generator(), dtype=torch.float64)
+    rows, cols, mean = rank_one(matrix)
+    approximate = torch.outer(rows, cols) / mean
+    torch.testing.assert_close(approximate.sum(1), matrix.sum(1))
+    torch.testing.assert_close(approximate.sum(0), matrix.sum(0))
+    assert not torch.allclose(approximate, matrix, rtol=0.05)
 
 
 def test_a_step_of_adam_is_a_plain_step_in_rescaled_coordinates():

@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "grass": {},
     "arnoldi": {"iterations": 5, "top": 2},
     "exact_influence": {"solver": "dense"},
+    "if_cg": {"solver": "low_rank", "rank": 2},
     "exact_influence_koh2017": {"solver": "lissa", "damping": 1.0, "depth": 100},
 }
 

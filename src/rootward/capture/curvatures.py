@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from rootward.capture.fit import Fit, FitConfig, FitRecord, Fitted
 from rootward.capture.fitparts import Parts
@@ -13,9 +15,49 @@ from rootward.capture.inputs import MethodInputs
 from rootward.capture.joint import fit_joint
 from rootward.capture.rescaling import Scale
 from rootward.core.hashing import digest_json
+from rootward.core.registry import MethodConfig
 from rootward.curvature.base import Damping
 from rootward.curvature.joint import JointCurvature
 from rootward.curvature.saved import check_curvature, has_curvature, load_curvature, save_curvature
+
+
+class FitOptions(MethodConfig):
+    """The options of a method that fits a curvature: what begins with ``fit_`` decides how its factors are made."""
+
+    fit_labels: Literal["auto", "data", "sampled", "exact"] = Field(
+        default="auto", description="auto: all labels by probability where outputs are few, else sampled from the model"
+    )
+    fit_draws: int = Field(default=1, ge=1, description="labels sampled per document")
+    fit_documents: int | None = Field(default=None, ge=1, description="by default as many as fit_agreement needs")
+    fit_covariance_documents: int | None = Field(default=None, ge=1, description="by default by tokens per width")
+    fit_agreement: float = Field(default=0.98, gt=0, lt=1, description="with scores from an endless sample")
+    fit_seed: int = Field(default=0, ge=0)
+    fit_bf16: Literal["auto", "never"] = Field(
+        default="auto", description="auto: wide products of the fit in bfloat16 where the processor has it"
+    )
+
+    def fit_config(self, kind: Literal["diagonal", "kfac", "ekfac"]) -> FitConfig:
+        """How a curvature of this kind is fitted with these options."""
+        return FitConfig(
+            kind=kind,
+            labels=self.fit_labels,
+            draws=self.fit_draws,
+            documents=self.fit_documents,
+            covariance_documents=self.fit_covariance_documents,
+            agreement=self.fit_agreement,
+            seed=self.fit_seed,
+            bf16=self.fit_bf16,
+        )
+
+
+def kept_in(folder: str | None, checkpoint: int | None) -> Path | None:
+    """Where a checkpoint's curvature is: in a folder below the given one, which has that of the subject's own weights.
+
+    None for ``checkpoint`` is the subject's own weights; without a folder nothing is kept.
+    """
+    if folder is None:
+        return None
+    return Path(folder) if checkpoint is None else Path(folder) / f"checkpoint-{checkpoint}"
 
 
 def curvature_key(inputs: MethodInputs, config: FitConfig, scales: Mapping[str, Scale] | None = None) -> dict[str, Any]:

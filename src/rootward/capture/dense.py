@@ -1,4 +1,4 @@
-"""Exact curvatures of small models: the whole matrix, or the Gram matrix of a few documents' gradients.
+"""Exact curvatures of small models: the whole matrix, or from the rows of a few documents' gradients.
 
 Which matrix (all are means over documents, of losses summed over a document's targets):
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rootward.capture.hvp import CurvatureProducts
-from rootward.capture.inputs import _free_memory
+from rootward.capture.inputs import free_memory
 from rootward.capture.projection import Projection
 from rootward.capture.run import predictions_of, run_pass
 from rootward.capture.sinks import BaseSink
@@ -29,14 +29,13 @@ from rootward.core.errors import InputError, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.core.progress import Progress, silent
 from rootward.curvature.base import Damping
-from rootward.curvature.dense import DenseCurvature
+from rootward.curvature.dense import LARGEST, DenseCurvature
 from rootward.curvature.gram import GramCurvature
+from rootward.curvature.low_rank import LowRankCurvature
 from rootward.subject.encode import Example
 from rootward.subject.objectives import Objective
 from rootward.subject.predictions import Labels
 
-LARGEST = 12_000
-"""Parameters in a whole matrix: its decomposition takes 4.6 GB in float64 and some minutes at this size."""
 COPIES = 4
 """The matrix, its eigenvectors and what the decomposition works in."""
 MOST_LABELS = 1000
@@ -44,6 +43,7 @@ MOST_LABELS = 1000
 CHUNK = 16
 """Unit vectors multiplied in one call; the forward pass is shared by them."""
 Kind = Literal["ggn", "fisher", "empirical", "hessian"]
+RowKind = Literal["ggn", "fisher", "empirical"]
 
 
 class GradientRows(BaseSink):
@@ -160,7 +160,7 @@ def gram_curvature(
     objective: Objective,
     examples: Sequence[Example],
     tracked: Tracked,
-    kind: Literal["ggn", "fisher", "empirical"] = "empirical",
+    kind: RowKind = "empirical",
     *,
     labels: Labels | None = None,
     damping: Damping | None = None,
@@ -173,25 +173,65 @@ def gram_curvature(
         InputError: the rows would take more than half of the free memory (before the pass), or "ggn" is asked of
             documents with several targets or many labels, which have no rows.
     """
+    rows = _rows("gram", model, objective, examples, tracked, kind, labels, token_budget, progress)
+    return GramCurvature.of(tracked.layout, rows, len(examples), damping)
+
+
+def low_rank_curvature(
+    model: nn.Module,
+    objective: Objective,
+    examples: Sequence[Example],
+    tracked: Tracked,
+    rank: int,
+    kind: RowKind = "empirical",
+    *,
+    labels: Labels | None = None,
+    damping: Damping | None = None,
+    token_budget: int | None = None,
+    progress: Progress = silent,
+) -> LowRankCurvature:
+    """From the same rows, for each parameter: ``rank`` eigenpairs and the diagonal of what they leave out.
+
+    An approximation: of a few documents' gradients the small eigenpairs are mostly chance, of which the diagonal is
+    kept, and what parameters have in common is left out. Errors are those of `gram_curvature`.
+    """
+    rows = _rows("low rank", model, objective, examples, tracked, kind, labels, token_budget, progress)
+    return LowRankCurvature.of_rows(
+        tracked.layout, rows, rank, documents=len(examples), rest="diagonal", damping=damping
+    )
+
+
+def _rows(
+    name: str,
+    model: nn.Module,
+    objective: Objective,
+    examples: Sequence[Example],
+    tracked: Tracked,
+    kind: RowKind,
+    labels: Labels | None,
+    token_budget: int | None,
+    progress: Progress,
+) -> Tensor:
+    """Gradients ``[m, P]`` in float64 whose second moment over the documents is the matrix; see `gram_curvature`."""
     _refuse(examples, kind)
     chosen = _labels(model, objective, examples, kind, labels)
     if kind == "hessian" or chosen is None:
         raise InputError(
-            f"gram: expected kind 'empirical', or 'ggn' of documents with one target and at most {MOST_LABELS} labels; "
-            "use 'fisher' with sampled labels for documents with several targets"
+            f"{name}: expected kind 'empirical', or 'ggn' of documents with one target and at most {MOST_LABELS} "
+            "labels; use 'fisher' with sampled labels for documents with several targets"
         )
     each = chosen.draws if chosen.kind == "sampled" else 1
     if chosen.kind == "exact":
         each = predictions_of(model, objective, examples[0]).outputs.shape[1]
     need = 8 * len(examples) * each * tracked.layout.size
-    if need > 0.5 * _free_memory(torch.device("cpu")):
+    if need > 0.5 * free_memory(torch.device("cpu")):
         raise InputError(
-            f"gram: {len(examples)} documents with {each} rows of {tracked.layout.size:,} entries need {need / 1e9:.3g}"
-            " GB, more than half of what is free; take fewer documents or parameters, or use EK-FAC"
+            f"{name}: {len(examples)} documents with {each} rows of {tracked.layout.size:,} entries need "
+            f"{need / 1e9:.3g} GB, more than half of what is free; take fewer documents or parameters, or use EK-FAC"
         )
     rows: list[Tensor] = []
     _pass(model, objective, examples, tracked, chosen, rows.append, token_budget, progress)
-    return GramCurvature.of(tracked.layout, torch.cat(rows), len(examples), damping)
+    return torch.cat(rows)
 
 
 def _pass(

@@ -5,30 +5,14 @@ from __future__ import annotations
 import torch
 
 from rootward.capture.run import run_pass
-from rootward.capture.sinks import BaseSink, Products
+from rootward.capture.sinks import Losses, Products
 from rootward.capture.sites import Tracked, track
-from rootward.core.layout import ParamLayout
 from rootward.core.progress import Progress, silent
 from rootward.subject.encode import Example
 from rootward.subject.subject import Subject
 
 LOSS = "the loss is not finite"
 GRADIENT = "the gradient is not finite"
-
-
-class _Losses(BaseSink):
-    """The losses ``[n]``, from a forward pass."""
-
-    backward = False
-
-    def __init__(self, count: int) -> None:
-        super().__init__(ParamLayout((), ()))
-        self.losses = torch.zeros(count, dtype=torch.float64)
-
-    def end(self) -> None:
-        assert self.block is not None
-        self.losses[self.block.index] = self.block.losses.double().cpu()
-        super().end()
 
 
 def without_not_finite(subject: Subject, token_budget: int | None = None, progress: Progress = silent) -> Subject:
@@ -43,7 +27,7 @@ def without_not_finite(subject: Subject, token_budget: int | None = None, progre
         InputError: no document is left. ArtefactError: see `run_pass`.
     """
     examples = list(subject.encoded)
-    losses = _Losses(len(examples))
+    losses = Losses(len(examples))
     run_pass(
         subject.model,
         subject.objective,

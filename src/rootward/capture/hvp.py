@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rootward.capture.batching import automatic_budget, batches
-from rootward.capture.inputs import _differentiable
+from rootward.capture.inputs import differentiable
 from rootward.capture.run import _check
 from rootward.core.errors import ArtefactError, InputError, NumericalError
 from rootward.core.hashing import digest
@@ -130,7 +130,7 @@ class CurvatureProducts:
         """
         count = len(gradients[self.layout.names[0]])
         sums = {n: torch.zeros_like(gradients[n]) for n in self.layout.names}
-        with _differentiable(self.model, self.layout) as wanted, _twice_differentiable(self.model):
+        with differentiable(self.model, self.layout) as wanted, _twice_differentiable(self.model):
             vectors = [
                 [gradients[n][q].to(p) for n, p in zip(self.layout.names, wanted, strict=True)] for q in range(count)
             ]

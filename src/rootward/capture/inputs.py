@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rootward.capture.run import probe, run_pass
+from rootward.capture.run import Sink, probe, run_pass
 from rootward.capture.sinks import LowRank, Products, WeightedSum
 from rootward.capture.sites import Tracked, track
 from rootward.capture.store import GradientStore
@@ -130,6 +130,24 @@ class MethodInputs:
             )
         return rates[: len(subject.checkpoints)]  # a training that was stopped has the first ones
 
+    def feed(self, sinks: Sequence[Sink], examples: Sequence[Example], task: str) -> None:
+        """One pass of the model, with the weights that it has now, over the examples with their own labels.
+
+        ``task`` is its name in progress reports; errors are those of `run_pass`. Parameters are measured
+        (`MethodInputs.tracked`) only if a sink wants their factors: forward passes alone need none.
+        """
+        factored = any(sink.backward or sink.inputs for sink in sinks)
+        run_pass(
+            self.subject.model,
+            self.subject.objective,
+            examples,
+            sinks,
+            tracked=self.tracked if factored else None,
+            token_budget=self.token_budget,
+            progress=self.progress,
+            task=task,
+        )
+
     def products(
         self,
         queries: Mapping[str, Tensor | LowRank],
@@ -140,16 +158,7 @@ class MethodInputs:
     ) -> Products:
         """A pass over the examples with `Products` of their gradients with the queries."""
         sink = Products(self.tracked.layout, queries, len(examples), norms=norms, tokens=tokens)
-        run_pass(
-            self.subject.model,
-            self.subject.objective,
-            examples,
-            [sink],
-            tracked=self.tracked,
-            token_budget=self.token_budget,
-            progress=self.progress,
-            task="token scores" if tokens else "documents",
-        )
+        self.feed([sink], examples, "token scores" if tokens else "documents")
         bad = (~torch.isfinite(sink.dots).all(0)).nonzero().flatten().tolist()
         if bad:
             raise NumericalError(
@@ -204,7 +213,7 @@ class MethodInputs:
 
         Asked once, so that everything made of the same inputs (scores, their token scores) goes the same way.
         """
-        return len(self.behaviour) == 1 or self._query_bytes <= 0.5 * _free_memory(self.subject.device)
+        return len(self.behaviour) == 1 or self._query_bytes <= 0.5 * free_memory(self.subject.device)
 
     @property
     def _query_bytes(self) -> int:
@@ -237,16 +246,7 @@ class MethodInputs:
         dtype = next(self.subject.model.parameters()).dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         sink = WeightedSum(layout, weights.to(wide), wide)
-        run_pass(
-            self.subject.model,
-            self.subject.objective,
-            [part.example for part in parts],
-            [sink],
-            tracked=self.tracked,
-            token_budget=self.token_budget,
-            progress=self.progress,
-            task="queries",
-        )
+        self.feed([sink], [part.example for part in parts], "queries")
         return sink.result()
 
     def plain_gradients(self, layout: ParamLayout, *, mean: bool) -> dict[str, Tensor]:
@@ -259,7 +259,7 @@ class MethodInputs:
             return self._scalar_gradients(layout, mean=mean)
         subject, count = self.subject, len(self.behaviour)
         parts = self.behaviour.parts(subject.objective)
-        with _differentiable(subject.model, layout) as wanted:
+        with differentiable(subject.model, layout) as wanted:
             rows = [torch.zeros(1 if mean else count, *p.shape, dtype=p.dtype, device=p.device) for p in wanted]
             for q in range(count):
                 own = [part for part in parts if part.query == q]
@@ -283,7 +283,7 @@ class MethodInputs:
         """Autograd of a function of the model, one backward pass per value (one in all for the mean)."""
         function, name = self.behaviour.function, self.behaviour.name
         assert function is not None
-        with _differentiable(self.subject.model, layout) as wanted:
+        with differentiable(self.subject.model, layout) as wanted:
             values = function(self.subject.model).flatten()
             if len(values) != len(self.behaviour):
                 raise InputError(
@@ -305,7 +305,7 @@ class MethodInputs:
 
 
 @contextmanager
-def _differentiable(model: nn.Module, layout: ParamLayout) -> Generator[list[Tensor]]:
+def differentiable(model: nn.Module, layout: ParamLayout) -> Generator[list[Tensor]]:
     """The layout's parameters, alone requiring gradients, in a model in evaluation mode; all as before afterwards."""
     named = dict(model.named_parameters())
     flags = {name: p.requires_grad for name, p in named.items()}
@@ -323,7 +323,8 @@ def _differentiable(model: nn.Module, layout: ParamLayout) -> Generator[list[Ten
             module.training = mode
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be taken now: of the graphics card, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
@@ -380,7 +381,7 @@ def plain_pass_seconds(subject: Subject, tracked: Tracked, token_budget: int, sa
     order = np.argsort([e.length for e in encoded], kind="stable")
     chosen = [encoded[int(n)] for n in order[np.linspace(0, len(order) - 1, min(sample, len(order))).astype(int)]]
     seconds = 0.0
-    with _differentiable(subject.model, tracked.layout) as wanted:
+    with differentiable(subject.model, tracked.layout) as wanted:
         for _ in range(2):
             start = time.perf_counter()
             for positions in batches(chosen, token_budget):

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from rootward.capture.inputs import MethodInputs
-from rootward.capture.run import run_pass
 from rootward.capture.sinks import Losses
 from rootward.core.runfolder import RunFolder
 from rootward.subject.subject import Subject
@@ -15,15 +14,7 @@ from rootward.subject.subject import Subject
 def write_documents(subject: Subject, run: RunFolder, inputs: MethodInputs) -> None:
     """``documents.parquet``: every document that was used, with its loss under the subject."""
     sink = Losses(len(subject.encoded))
-    run_pass(
-        subject.model,
-        subject.objective,
-        subject.encoded,
-        [sink],
-        token_budget=inputs.token_budget,
-        progress=inputs.progress,
-        task="losses",
-    )
+    inputs.feed([sink], subject.encoded, "losses")
     rows: list[dict[str, Any]] = []
     for n, example in enumerate(subject.encoded):
         document = subject.documents[example.row]

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rootward.capture.inputs import MethodInputs, _free_memory
+from rootward.capture.inputs import MethodInputs, free_memory
 from rootward.capture.moments import CovarianceSums, SecondMoments
 from rootward.capture.projection import Projection, Sides, Sketch, sketch_dense
-from rootward.capture.run import Sink, run_pass
 from rootward.capture.sinks import ProjectedRows
 from rootward.core.errors import InputError, NumericalError
 from rootward.curvature.kronecker import Covariances, Eigenbases
@@ -35,7 +34,7 @@ def _dtype(inputs: MethodInputs) -> torch.dtype:
 
 
 def _rows_of(inputs: MethodInputs, sketch: Sketch, examples: list[Example], task: str) -> ProjectedRows:
-    needed, free = len(examples) * sketch.width * BYTES, _free_memory(torch.device("cpu"))
+    needed, free = len(examples) * sketch.width * BYTES, free_memory(torch.device("cpu"))
     if needed > 0.8 * free:
         raise InputError(
             f"{task}: {len(examples)} projected gradients of {sketch.width} entries take {needed / 1e9:.3g} GB with "
@@ -43,16 +42,7 @@ def _rows_of(inputs: MethodInputs, sketch: Sketch, examples: list[Example], task
             "parameters with `parameters`"
         )
     sink = ProjectedRows(sketch, len(examples), _dtype(inputs))
-    run_pass(
-        inputs.subject.model,
-        inputs.subject.objective,
-        examples,
-        [sink],
-        tracked=inputs.tracked,
-        token_budget=inputs.token_budget,
-        progress=inputs.progress,
-        task=task,
-    )
+    inputs.feed([sink], examples, task)
     bad = (~torch.isfinite(sink.rows).all(1)).nonzero().flatten().tolist()
     if bad:
         first = examples[bad[0]]
@@ -116,28 +106,15 @@ def squared_gradients(inputs: MethodInputs) -> dict[str, Tensor]:
     """Mean over documents of every entry of the gradient squared, ``[*shape]`` by name: one pass, their own labels."""
     layout = inputs.tracked.layout
     sink = SecondMoments(layout, {name: (None, None) for name in layout.names})
-    _sum(inputs, sink, "second moments")
+    inputs.feed([sink], inputs.subject.encoded, "second moments")
     return {name: value.reshape(layout.shape(name)) for name, value in sink.result().items()}
 
 
 def covariances(inputs: MethodInputs) -> Covariances:
     """Covariances of both sides of every matrix over all documents' tokens: one pass, their own labels."""
     sink = CovarianceSums(inputs.tracked.layout)
-    _sum(inputs, sink, "covariances")
+    inputs.feed([sink], inputs.subject.encoded, "covariances")
     return sink.result()
-
-
-def _sum(inputs: MethodInputs, sink: Sink, task: str) -> None:
-    run_pass(
-        inputs.subject.model,
-        inputs.subject.objective,
-        inputs.subject.encoded,
-        [sink],
-        tracked=inputs.tracked,
-        token_budget=inputs.token_budget,
-        progress=inputs.progress,
-        task=task,
-    )
 
 
 def principal(projection: Projection, bases: Eigenbases) -> Projection:

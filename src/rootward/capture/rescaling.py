@@ -2,8 +2,8 @@
 
 Adam moves a parameter by ``- eta g / (sqrt(v) + eps)``. With ``D = (sqrt(v) + eps)^-1/2`` and ``theta = D u`` that is
 a plain step in ``u``, where gradients are ``D g``. To keep them factored, the second moments of a matrix are
-approximated by a product of its rows' and columns' means (Adafactor, Shazeer & Stern 2018, arXiv:1804.04235):
-then ``D`` scales rows and columns, that is output gradients and inputs.
+approximated by a product of its rows' and columns' means (`rank_one`): then ``D`` scales rows and columns, that is
+output gradients and inputs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,15 @@ FLOOR = 1e-12
 """Smallest second moment, over the parameter's mean: where no gradient ever came the scale is of no consequence."""
 
 
+def rank_one(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of the rows ``[rows]``, of the columns ``[cols]`` and of all of a matrix of second moments.
+
+    ``row_i col_j / mean`` is the approximation of rank one that keeps the sums of rows and columns (Adafactor, Shazeer
+    & Stern 2018, arXiv:1804.04235, algorithm 1), exact for a matrix of rank one.
+    """
+    return moments.mean(1), moments.mean(0), moments.mean()
+
+
 def adam_scales(layout: ParamLayout, moments: Moments) -> dict[str, Scale]:
     """``D`` of every parameter of the layout as rows times columns, from Adam's second moments (bias corrected).
 
@@ -37,10 +46,9 @@ def adam_scales(layout: ParamLayout, moments: Moments) -> dict[str, Scale]:
         if name not in values:
             raise LayoutMismatch(f"the optimiser's state has no moments of {name}; attribute what was trained only")
         second = values[name][1].double() / (1 - moments.betas[1] ** max(moments.step, 1))
-        matrix = second.reshape(flat(layout, name))
-        mean = matrix.mean().clamp_min(torch.finfo(torch.float64).tiny)
-        rows = matrix.mean(1).clamp_min(float(mean) * FLOOR) / mean
-        cols = matrix.mean(0).clamp_min(float(mean) * FLOOR)
+        rows, cols, mean = rank_one(second.reshape(flat(layout, name)))
+        mean = mean.clamp_min(torch.finfo(torch.float64).tiny)
+        rows, cols = rows.clamp_min(float(mean) * FLOOR) / mean, cols.clamp_min(float(mean) * FLOOR)
         # sqrt(v) + eps with v = rows cols; eps counts as a part of each entry that has no direction
         root = rows.sqrt(), cols.sqrt() + moments.eps
         found[name] = (root[0].rsqrt(), root[1].rsqrt())

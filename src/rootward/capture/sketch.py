@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rootward.capture.projection import Projection, Sides
+from rootward.capture.rescaling import rank_one
 from rootward.capture.sinks import BUFFER
 from rootward.core.block import Factor, LookupFactor, VectorFactor
 from rootward.core.errors import InputError, LayoutMismatch
@@ -304,9 +305,8 @@ class Scaled:
 def scaled_sides(projection: Projection, moments: Mapping[str, Tensor]) -> Projection:
     """``projection`` after every entry was divided by the root of a moment of rank one, as given sides.
 
-    A matrix's moments ``v`` are taken as ``row_i col_j / mean`` with the means of its rows and columns, as Adafactor
-    keeps them (Shazeer & Stern 2018, arXiv:1804.04235), so that gradients stay factored: ``diag(row)^-1/2 P`` and
-    ``diag(col / mean)^-1/2 R``. A vector has all of its moments. They must be above 0.
+    A matrix's moments are taken as ``row_i col_j / mean`` (`rank_one`), so that gradients stay factored:
+    ``diag(row)^-1/2 P`` and ``diag(col / mean)^-1/2 R``. A vector has all of its moments. They must be above 0.
     """
     given: dict[str, Sides] = {}
     for name in projection.layout.names:
@@ -316,9 +316,8 @@ def scaled_sides(projection: Projection, moments: Mapping[str, Tensor]) -> Proje
         if len(shape) == 1:
             given[name] = None, _scaled_side(v.rsqrt(), right)
             continue
-        v = v.reshape(shape[0], -1)
-        row, col = v.mean(1).rsqrt(), (v.mean(0) / v.mean()).rsqrt()
-        given[name] = _scaled_side(row, left), _scaled_side(col, right)
+        row, col, mean = rank_one(v.reshape(shape[0], -1))
+        given[name] = _scaled_side(row.rsqrt(), left), _scaled_side((col / mean).rsqrt(), right)
     return Projection(projection.layout, projection.rank, projection.seed, projection.device, given)
 
 

@@ -32,6 +32,8 @@ from rootward.curvature.kronecker import JITTERED, eigenbasis
 
 SCHEMA = 1
 HESSIAN = "hessian"
+LARGEST = 12_000
+"""Rows and columns of a matrix that is decomposed at most: some minutes, and 4.6 GB in float64, at this size."""
 
 
 def as_rows(layout: ParamLayout, gradients: Gradients, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -18,12 +18,10 @@ from torch import Tensor
 from rootward.core.errors import InputError, LayoutMismatch, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.curvature.base import DEFAULT, Damping
-from rootward.curvature.dense import DenseCurvature
+from rootward.curvature.dense import LARGEST, DenseCurvature
 from rootward.curvature.gram import GramCurvature
 
 NAME = "rows"
-LARGEST = 12_000
-"""Rows or columns, whichever are fewer, that are decomposed: some minutes and 4.6 GB at this size."""
 
 
 @dataclass(frozen=True)

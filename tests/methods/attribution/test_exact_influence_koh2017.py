@@ -111,6 +111,26 @@ def test_the_gram_matrix_of_the_documents_gradients_is_the_same_matrix(curvature
     close(few.values, run(subject, ASKED, NAME, solver="dense", documents=2, **options).values, 1e-6)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 40])
+def test_low_rank_is_top_eigenpairs_and_the_diagonal_of_each_parameter(rank: int):
+    subject = s.classifier()
+    model, objective, examples = subject.model, subject.objective, list(subject.encoded)
+    layout = tracked_of(subject).layout
+    whole = naive_ggn(model, objective, examples, layout.names)
+    approximate = torch.zeros_like(whole)
+    for part in layout.slices.values():
+        values, vectors = torch.linalg.eigh(whole[part, part])
+        top = (vectors[:, -rank:] * values[-rank:]) @ vectors[:, -rank:].T
+        approximate[part, part] = top + torch.diag(whole[part, part].diagonal() - top.diagonal())
+    inputs = MethodInputs(subject, ASKED)
+    query = as_rows(layout, inputs.query_gradients(layout, mean=False))
+    solved = query @ torch.linalg.inv(approximate + 0.05 * torch.eye(len(whole), dtype=whole.dtype))
+    expected = -inputs.products(as_named(layout, solved, inputs.query_gradients(layout, mean=False)), examples).dots
+    found = run(subject, ASKED, NAME, solver="low_rank", rank=rank, damping=0.05)
+    close(found.values, expected.numpy(), 1e-6)
+    assert f"eigenpairs of {len(layout.names)} parameters and the diagonal, 6 documents" in found.notes[0]
+
+
 def test_documents_of_several_targets_have_a_gram_matrix_of_sampled_labels(world: World):
     subject = world.subject()
     with pytest.raises(InputError, match="'fisher' with sampled labels"):
@@ -193,7 +213,7 @@ def test_contradictions_and_too_large_models_are_refused_before_anything_is_run(
             return self.linear(x)
 
     subject = s.classifier()
-    with pytest.raises(InputError, match="curvature = 'fisher' is for solver = 'dense' or 'gram'"):
+    with pytest.raises(InputError, match="curvature = 'fisher' is for solver = 'dense', 'gram' or 'low_rank'"):
         run(subject, ASKED, NAME, curvature="fisher")
     with pytest.raises(InputError, match="relative = 0 is needed"):
         run(subject, ASKED, NAME, curvature="hessian", relative=0.1)
@@ -201,6 +221,8 @@ def test_contradictions_and_too_large_models_are_refused_before_anything_is_run(
         run(subject, ASKED, NAME, damping=-1.0)
     with pytest.raises(InputError, match="a Hessian has no rows"):
         run(subject, ASKED, NAME, curvature="hessian", solver="gram")
+    with pytest.raises(InputError, match="solver = 'low_rank' is for"):
+        run(subject, ASKED, NAME, curvature="hessian", solver="low_rank")
     for options in ({"solver": "dense"}, {"damping": 0.0}):
         with pytest.raises(InputError, match="preconditioner = 'ekfac' is for solver = 'cg' with a damping above 0"):
             run(subject, ASKED, NAME, preconditioner="ekfac", **options)

@@ -330,7 +330,7 @@ def test_queries_that_do_not_fit_are_averaged_and_said_to_be(
     plenty = run(subject, behaviour, "tracin", **call)
     assert len(plenty.queries) == len(behaviour)
     assert not any("mean" in note for note in plenty.notes)
-    monkeypatch.setattr(inputs_room, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(inputs_room, "free_memory", lambda device: 1000)
     found = run(subject, behaviour, "tracin", **call)
     assert found.queries == ("mean",)
     close(found.values[0], plenty.mean, rtol=1e-5)
@@ -344,9 +344,9 @@ def test_token_scores_follow_the_choice_for_the_scores(world: World, monkeypatch
     inputs = MethodInputs(subject_of(world), contrast(), 500)
     method, _ = get("tracin")
     config = method.configure({"normalise": "both"})
-    monkeypatch.setattr(inputs_room, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(inputs_room, "free_memory", lambda device: 1000)
     whole = method.run(inputs, config).mean
-    monkeypatch.setattr(inputs_room, "_free_memory", lambda device: 10**12)
+    monkeypatch.setattr(inputs_room, "free_memory", lambda device: 10**12)
     assert method.tokens is not None
     close([method.tokens(inputs, config, [3])[3].sum()], whole[[3]], rtol=1e-5)
 

@@ -29,7 +29,6 @@ from pydantic import Field
 from torch import Tensor
 
 from rootward.capture.inputs import MethodInputs
-from rootward.capture.run import Sink, run_pass
 from rootward.capture.sinks import BaseSink, Products, WeightedSum
 from rootward.core.block import Block, Factor
 from rootward.core.layout import ParamLayout
@@ -83,26 +82,13 @@ class _Apart(BaseSink):
             sink.end()
 
 
-def _pass(inputs: MethodInputs, sinks: Sequence[Sink], task: str) -> None:
-    run_pass(
-        inputs.subject.model,
-        inputs.subject.objective,
-        inputs.subject.encoded,
-        sinks,
-        tracked=inputs.tracked,
-        token_budget=inputs.token_budget,
-        progress=inputs.progress,
-        task=task,
-    )
-
-
 def _preconditioned(
     inputs: MethodInputs, query: Mapping[str, Tensor], damping: float
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The mean of the inverses times every query's gradient ``[q, *shape]``, and what to say of it."""
     layout, count = inputs.tracked.layout, len(inputs.subject.encoded)
     first = _Apart(layout, query, count)
-    _pass(inputs, [first], "norms and products")
+    inputs.feed([first], inputs.subject.encoded, "norms and products")
     lams: dict[str, float] = {}
     sums: dict[str, WeightedSum] = {}
     for name, sink in first.each.items():
@@ -112,7 +98,7 @@ def _preconditioned(
             weights = (sink.dots / (lams[name] + sink.squared) / count).T
             sums[name] = WeightedSum(_alone(layout, name), weights.to(query[name].dtype), query[name].dtype)
     if sums:
-        _pass(inputs, list(sums.values()), "weighted sum")
+        inputs.feed(list(sums.values()), inputs.subject.encoded, "weighted sum")
     result = {
         name: (query[name] - sums[name].result()[name].to(query[name])) / lams[name]
         if name in sums

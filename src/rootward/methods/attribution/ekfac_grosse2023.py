@@ -34,7 +34,6 @@ Exact when: inputs and output gradients are independent, at a minimum of a quadr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -44,12 +43,11 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from rootward.capture.curvatures import fitted, joined
-from rootward.capture.fit import FitConfig
+from rootward.capture.curvatures import FitOptions, fitted, joined, kept_in
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.sinks import LowRank, low_rank
 from rootward.core.errors import InputError
-from rootward.core.registry import Card, MethodConfig, Tuned, register
+from rootward.core.registry import Card, Tuned, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import RELATIVE, Curvature, Damping
 from rootward.curvature.kronecker import KroneckerCurvature
@@ -74,7 +72,7 @@ CARD = Card(
 )
 
 
-class Config(MethodConfig):
+class Config(FitOptions):
     """Options; damping as in the paper. What begins with ``fit_`` decides how the factors are made."""
 
     TUNED: ClassVar = Tuned("damping", (0.001, 0.01, 0.1, 1.0, 10.0, 100.0))
@@ -94,17 +92,6 @@ class Config(MethodConfig):
         default="final", description="all: scores at each kept checkpoint over their spread, averaged"
     )
     rank: int | None = Field(default=None, ge=1, description="approximate preconditioned queries to this rank")
-    fit_labels: Literal["auto", "data", "sampled", "exact"] = Field(
-        default="auto", description="auto: all labels by probability where outputs are few, else sampled from the model"
-    )
-    fit_draws: int = Field(default=1, ge=1, description="labels sampled per document")
-    fit_documents: int | None = Field(default=None, ge=1, description="by default as many as fit_agreement needs")
-    fit_covariance_documents: int | None = Field(default=None, ge=1, description="by default by tokens per width")
-    fit_agreement: float = Field(default=0.98, gt=0, lt=1, description="with scores from an endless sample")
-    fit_seed: int = Field(default=0, ge=0)
-    fit_bf16: Literal["auto", "never"] = Field(
-        default="auto", description="auto: wide products of the fit in bfloat16 where the processor has it"
-    )
     folder: str | None = Field(default=None, description="keep the fitted curvature here, and read it from here")
     sensitivity: bool = Field(default=True, description="also rank with a tenth and ten times the damping, for a note")
 
@@ -117,22 +104,6 @@ class Config(MethodConfig):
             raise ValueError(f"curvature = 'adam' is not fitted, so {', '.join(idle)} has no meaning; leave it out")
         return self
 
-    @property
-    def fit(self) -> FitConfig:
-        """How the curvature is fitted; not asked for where the optimiser has it (``curvature = "adam"``)."""
-        kind = self.curvature
-        assert kind != "adam"
-        return FitConfig(
-            kind=kind,
-            labels=self.fit_labels,
-            draws=self.fit_draws,
-            documents=self.fit_documents,
-            covariance_documents=self.fit_covariance_documents,
-            agreement=self.fit_agreement,
-            seed=self.fit_seed,
-            bf16=self.fit_bf16,
-        )
-
 
 def _damping(inputs: MethodInputs, config: Config, factor: float = 1.0) -> Damping:
     if config.damping == "recipe":
@@ -144,13 +115,11 @@ def _fitted(inputs: MethodInputs, config: Config, checkpoint: int | None) -> tup
     """The curvature at the present weights, and what to say of it."""
     if config.curvature == "adam":
         return _optimisers(inputs, config, checkpoint)
-    folder = None if config.folder is None else Path(config.folder)
-    if folder is not None and checkpoint is not None:
-        folder = folder / f"checkpoint-{checkpoint}"
-    found = fitted(inputs, config.fit, _damping(inputs, config), folder)
+    fit = config.fit_config(config.curvature)
+    found = fitted(inputs, fit, _damping(inputs, config), kept_in(config.folder, checkpoint))
     if not config.joint:
         return found.curvature, found.record.note
-    joint = joined(inputs, config.fit, found, config.joint)
+    joint = joined(inputs, fit, found, config.joint)
     note = f"{found.record.note}; {len(joint.eigenvalues)} entries of the eigenbasis jointly"
     return joint, "; ".join((note, *joint.notes))
 

@@ -17,6 +17,8 @@ query and multiplied with every document's gradient in one pass. Solvers:
     dense   the whole matrix, for at most 12,000 parameters
     gram    the matrix of few documents from the products of their gradients, for any number of parameters; documents
             with several targets have no such products for "ggn", "fisher" takes a sampled label of each
+    low_rank  an approximation from the same gradients: for each parameter ``rank`` eigenpairs and the diagonal of what
+            they leave out (`curvature.low_rank`), without what parameters have in common
 
 Deviations: G is the Gauss-Newton matrix by default. Theirs is the Hessian (``curvature = "hessian"``), which away from
 a minimum has negative eigenvalues, so that the optimum above does not exist; they raise the damping then, and so does
@@ -37,7 +39,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rootward.capture.curvatures import fitted
-from rootward.capture.dense import exact_curvature, gram_curvature
+from rootward.capture.dense import exact_curvature, gram_curvature, low_rank_curvature
 from rootward.capture.fit import FitConfig
 from rootward.capture.hvp import CurvatureProducts
 from rootward.capture.inputs import MethodInputs
@@ -68,13 +70,14 @@ class Config(MethodConfig):
 
     TUNED: ClassVar = Tuned("damping", (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0))
     curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
-    solver: Literal["cg", "lissa", "dense", "gram"] = "cg"
+    solver: Literal["cg", "lissa", "dense", "gram", "low_rank"] = "cg"
     damping: float = Field(default=0.01, ge=0, description="added to every eigenvalue")
     relative: float = Field(default=0.0, ge=0, description="damping over the mean eigenvalue, added to `damping`")
     documents: int | None = Field(default=None, ge=1, description="curvature of so many documents instead of all")
     tolerance: float = Field(default=1e-5, gt=0, description="cg: relative residual at which a query is solved")
     steps: int = Field(default=100, ge=1, description="cg: at most so many products")
     preconditioner: Literal["none", "ekfac"] = Field(default="none", description="cg: what its steps are scaled by")
+    rank: int = Field(default=32, ge=1, description="low_rank: eigenpairs of each parameter")
     scale: float | None = Field(default=None, gt=0, description="lissa: above half of the largest eigenvalue")
     depth: int = Field(default=10_000, ge=1, description="lissa: terms of the series")
     repeats: int = Field(default=1, ge=1, description="lissa: series averaged")
@@ -83,12 +86,13 @@ class Config(MethodConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.curvature == "fisher" and self.solver not in ("dense", "gram"):
+        if self.curvature == "fisher" and self.solver in ("cg", "lissa"):
             raise ValueError(
-                "curvature = 'fisher' is for solver = 'dense' or 'gram'; 'ggn' is the same matrix without sampling"
+                "curvature = 'fisher' is for solver = 'dense', 'gram' or 'low_rank'; 'ggn' is the same matrix without "
+                "sampling"
             )
-        if self.curvature == "hessian" and self.solver == "gram":
-            raise ValueError("solver = 'gram' is for curvature = 'ggn' or 'fisher': a Hessian has no rows")
+        if self.curvature == "hessian" and self.solver in ("gram", "low_rank"):
+            raise ValueError(f"solver = {self.solver!r} is for curvature = 'ggn' or 'fisher': a Hessian has no rows")
         if self.curvature == "hessian" and self.relative and self.solver != "dense":
             raise ValueError("relative = 0 is needed for a Hessian's products, whose mean eigenvalue may be negative")
         if self.preconditioner != "none" and (self.solver != "cg" or not self.damping + self.relative > 0):
@@ -100,8 +104,17 @@ def _decomposed(inputs: MethodInputs, config: Config, query: dict[str, Tensor]) 
     subject, tracked = inputs.subject, inputs.tracked
     examples = _products(inputs, "ggn").subset(config.documents, config.seed).examples
     damping, budget, progress = Damping(config.relative, config.damping), inputs.token_budget, inputs.progress
-    if config.solver == "gram":
+    if config.solver == "low_rank":
         assert config.curvature != "hessian"  # refused by the config
+        low = low_rank_curvature(subject.model, subject.objective, examples, tracked, config.rank, config.curvature,
+                                 damping=damping, token_budget=budget, progress=progress)  # fmt: skip
+        pairs = sum(len(block.values) for block in low.blocks)
+        note = (
+            f"low rank: {pairs} eigenpairs of {len(low.blocks)} parameters and the diagonal, {len(examples)} documents"
+        )
+        return low.apply(query), [note, *low.notes]
+    if config.solver == "gram":
+        assert config.curvature != "hessian"
         gram = gram_curvature(subject.model, subject.objective, examples, tracked, config.curvature,
                               damping=damping, token_budget=budget, progress=progress)  # fmt: skip
         return gram.apply(query), [f"gram: {len(gram.rows)} rows of {len(examples)} documents", *gram.notes]
@@ -156,7 +169,7 @@ def _iterative(inputs: MethodInputs, config: Config, query: dict[str, Tensor]) -
 def _solved(inputs: MethodInputs, config: Config, *, mean: bool) -> tuple[dict[str, Tensor], list[str]]:
     """``(G + lam I)^-1 grad m`` by parameter, for every query or their mean, and what to say of it."""
     query = inputs.query_gradients(inputs.tracked.layout, mean=mean)
-    solve = _decomposed if config.solver in ("dense", "gram") else _iterative
+    solve = _iterative if config.solver in ("cg", "lissa") else _decomposed
     return solve(inputs, config, query)
 
 

@@ -36,7 +36,6 @@ from torch import Tensor
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.projected import query_rows
 from rootward.capture.projection import Projection, Sketch
-from rootward.capture.run import run_pass
 from rootward.capture.sinks import BUFFER, BaseSink
 from rootward.capture.sketch import DENSE_ENTRIES, Whole
 from rootward.core.block import Block, Factor, widened
@@ -175,16 +174,7 @@ def _divisors(inputs: MethodInputs) -> list[int]:
 def _cosines(inputs: MethodInputs, sketch: Sketch, moments: Moments, divisors: Sequence[int], momentum: bool) -> Tensor:
     """At the weights that the model has now."""
     sink = AdamCosines(sketch, query_rows(inputs, sketch), moments, divisors, momentum=momentum)
-    run_pass(
-        inputs.subject.model,
-        inputs.subject.objective,
-        inputs.subject.encoded,
-        [sink],
-        tracked=inputs.tracked,
-        token_budget=inputs.token_budget,
-        progress=inputs.progress,
-        task="documents",
-    )
+    inputs.feed([sink], inputs.subject.encoded, "documents")
     return sink.cosines
 
 

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from typing import Literal
 
 from rootward.capture.inputs import MethodInputs
-from rootward.capture.run import run_pass
 from rootward.capture.sinks import Losses
 from rootward.core.registry import Card, MethodConfig, register
 from rootward.core.scores import Scores
@@ -43,14 +42,6 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     encoded = inputs.subject.encoded
     sink = Losses(len(encoded))
     with inputs.subject.at_start() if config.at == "start" else nullcontext():
-        run_pass(
-            inputs.subject.model,
-            inputs.subject.objective,
-            encoded,
-            [sink],
-            token_budget=inputs.token_budget,
-            progress=inputs.progress,
-            task="losses",
-        )
+        inputs.feed([sink], encoded, "losses")
     note = f"under the weights at the {'start of training' if config.at == 'start' else 'end'}"
     return inputs.scored(CARD, inputs.likeness * sink.losses, gradients=False, notes=(note,))

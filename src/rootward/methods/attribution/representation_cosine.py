@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rootward.capture.inputs import MethodInputs
-from rootward.capture.run import run_pass
 from rootward.capture.sinks import PooledActivations
 from rootward.core.errors import ArtefactError, InputError
 from rootward.core.registry import Card, MethodConfig, register
@@ -82,15 +81,7 @@ def _module(inputs: MethodInputs, config: Config) -> str:
 
 def _pooled(inputs: MethodInputs, module: str, last: bool, examples: Sequence[Example], task: str) -> Tensor:
     sink = PooledActivations(module, len(examples), last=last)
-    run_pass(
-        inputs.subject.model,
-        inputs.subject.objective,
-        examples,
-        [sink],
-        token_budget=inputs.token_budget,
-        progress=inputs.progress,
-        task=task,
-    )
+    inputs.feed([sink], examples, task)
     assert sink.pooled is not None
     return sink.pooled
 

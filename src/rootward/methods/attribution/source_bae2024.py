@@ -26,19 +26,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from rootward.capture.curvatures import fitted
-from rootward.capture.fit import FitConfig
+from rootward.capture.curvatures import FitOptions, fitted, kept_in
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.rescaling import Scale, adam_scales, rescaled
 from rootward.core.errors import InputError
-from rootward.core.registry import Card, MethodConfig, Tuned, register
+from rootward.core.registry import Card, Tuned, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import DEFAULT
 
@@ -55,7 +53,7 @@ CARD = Card(
 )
 
 
-class Config(MethodConfig):
+class Config(FitOptions):
     """Options. What begins with ``fit_`` decides how the factors are made."""
 
     TUNED: ClassVar = Tuned("rate", (0.1, 0.3, 1.0, 3.0, 10.0))
@@ -67,30 +65,7 @@ class Config(MethodConfig):
     adam: Literal["auto", "rescale", "ignore"] = Field(
         default="auto", description="AdamW's second moments as rescaled coordinates; auto: where it was the optimiser"
     )
-    fit_labels: Literal["auto", "data", "sampled", "exact"] = "auto"
-    fit_draws: int = Field(default=1, ge=1)
-    fit_documents: int | None = Field(default=None, ge=1)
-    fit_covariance_documents: int | None = Field(default=None, ge=1)
-    fit_agreement: float = Field(default=0.98, gt=0, lt=1)
-    fit_seed: int = Field(default=0, ge=0)
-    fit_bf16: Literal["auto", "never"] = Field(
-        default="auto", description="auto: wide products of the fit in bfloat16 where the processor has it"
-    )
     folder: str | None = Field(default=None, description="keep each checkpoint's curvature in a folder below this one")
-
-    @property
-    def fit(self) -> FitConfig:
-        """How each curvature is fitted."""
-        return FitConfig(
-            kind=self.curvature,
-            labels=self.fit_labels,
-            draws=self.fit_draws,
-            documents=self.fit_documents,
-            covariance_documents=self.fit_covariance_documents,
-            agreement=self.fit_agreement,
-            seed=self.fit_seed,
-            bf16=self.fit_bf16,
-        )
 
 
 @dataclass(frozen=True)
@@ -153,8 +128,8 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     for segment in reversed(plan):
         scales = _scales(inputs, config, segment.checkpoint)
         with inputs.holding(segment.checkpoint):
-            folder = None if config.folder is None else Path(config.folder) / f"checkpoint-{segment.checkpoint}"
-            fit = fitted(inputs, config.fit, DEFAULT, folder, scales)
+            folder = kept_in(config.folder, segment.checkpoint)
+            fit = fitted(inputs, config.fit_config(config.curvature), DEFAULT, folder, scales)
             notes.append(f"checkpoint {segment.checkpoint}, time {segment.time:.3g}: {fit.record.note}")
 
             def kept(eigenvalues: Tensor, time: float = segment.time) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,6 +255,10 @@ class Table:
         kind = Peer if peers else Ours
         names = [n for n, row in self.rows.items() if isinstance(row.entry, kind) and row.cost <= most_cost]
         return max(names, key=lambda name: self.rows[name].tuning.value)
+
+    def strongest(self, names: Iterable[str]) -> str:
+        """The one of these rows with the highest reported LDS."""
+        return max(names, key=lambda name: self.rows[name].report.score.value)
 
     def write(self, name: str, world: Mapping[str, Any]) -> Path:
         """The whole table as JSON under ``results``."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rootward.capture.fit import Fit, FitConfig, FitRecord, Fitted
+from rootward.capture.fit import SAMPLING, Fit, FitConfig, FitRecord, Fitted
 from rootward.capture.fitparts import Parts
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.joint import fit_joint
@@ -67,7 +67,7 @@ def curvature_key(inputs: MethodInputs, config: FitConfig, scales: Mapping[str, 
         sides = [float(side.double().sum()) for name in inputs.tracked.layout.names for side in scales[name]]
         found["scales"] = digest_json(sides)[:16]
     # what "auto" means here: two machines must not share a key for different numbers
-    settings = {**config.model_dump(mode="json"), "bf16": config.quick(inputs.subject.model)}
+    settings = {**config.model_dump(mode="json"), "bf16": config.quick(inputs.subject.model), "sampling": SAMPLING}
     return found | {f"fit.{name}": value for name, value in settings.items()}
 
 

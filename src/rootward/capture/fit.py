@@ -9,6 +9,7 @@ eigenvalues, in two halves. How much the two halves would disagree about scores 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rootward.capture.fitparts import Parts
-from rootward.capture.moments import CovarianceSums, SecondMoments
+from rootward.capture.moments import WIDEST, CovarianceSums, SecondMoments
 from rootward.capture.precision import native_bfloat16
 from rootward.capture.rescaling import Rescaled, Scale
 from rootward.capture.run import predictions_of, run_pass
@@ -42,6 +43,8 @@ INPUTS, OUTPUTS = 128, 8
 Side = Literal["inputs", "outputs"]
 FIRST = 64
 """Documents after which the halves are compared for the first time."""
+SAMPLING = 2
+"""Version of how documents are chosen for each statistic; part of a curvature's key."""
 
 
 class FitConfig(Model):
@@ -207,8 +210,14 @@ class Fit:
         return predictions_of(self.model, self.objective, min(self.examples, key=lambda e: e.length))
 
     def _order(self) -> list[int]:
-        """The documents in the order in which they are sampled: by a hash of seed and id, wherever they stand."""
-        keys = [digest(f"{self.config.seed}|{example.id}") for example in self.examples]
+        """The documents in the order in which they are sampled: by a hash of seed and id, wherever they stand.
+
+        Copies come after all others: side by side they would be in both halves, which would then agree too well.
+        """
+        seen, keys = Counter[str](), list[tuple[int, str]]()
+        for example in self.examples:
+            keys.append((seen[example.id], digest(f"{self.config.seed}|{example.id}")))
+            seen[example.id] += 1
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def _covariance_sample(self, order: list[int], per_width: int) -> list[int]:
@@ -216,11 +225,9 @@ class Fit:
         if self.config.covariance_documents is not None:
             return order[: self.config.covariance_documents]
         layout = self.tracked.layout
-        # a table's side of one-hot inputs has no basis to be found
-        widest = max(
-            flat(layout, name)[1] if self._is_table(name) else max(flat(layout, name)) for name in layout.names
-        )
-        wanted, tokens = per_width * widest, 0
+        # a table's side of one-hot inputs has no basis to be found, nor has one that is too wide
+        sides = [width for name in layout.names for width in flat(layout, name)[self._is_table(name) :]]
+        wanted, tokens = per_width * max((width for width in sides if width <= WIDEST), default=1), 0
         for count, n in enumerate(order, 1):
             tokens += self.examples[n].length
             if tokens >= wanted and count >= min(FIRST, len(order)):
@@ -290,7 +297,8 @@ class Fit:
             return Fitted(curvature, record.model_copy(update={"dead": curvature.dead}))
         each = {name: bases.basis(name) for name in self.tracked.layout.names}
         # squares along axes that were fitted to the same documents are biased: other documents come first
-        eigenvalues, record = self._moments(each, labels, order[len(few) :] + order[: len(few)], record)
+        others = order[len(sample) :] + order[len(few) : len(sample)] + order[: len(few)]
+        eigenvalues, record = self._moments(each, labels, others, record)
         curvature = bases.corrected(eigenvalues, self.damping)
         return Fitted(curvature, record.model_copy(update={"dead": curvature.dead}))
 

@@ -72,12 +72,12 @@ class CovarianceSums(BaseSink):
         A backward pass meets the last first, a forward pass the first: both are to find one name.
         """
         for key in self._fresh:
-            side = key.rpartition(":")[2]
-            sides = self.left if side == "left" else self.right
-            users = [name for name in self.layout.names if sides.get(name) == key]
-            best = f"{users[0]}:{side}"
+            both = {"left": self.left, "right": self.right}
+            users = [(name, side) for name in self.layout.names for side, keys in both.items() if keys.get(name) == key]
+            best = "{}:{}".format(*users[0])
             if best != key:
-                sides.update(dict.fromkeys(users, best))
+                for name, side in users:
+                    both[side][name] = best
                 self.sums[best] = self.sums.pop(key)
                 for counts in (self.tokens, self.documents):
                     counts[best] = counts.pop(key)

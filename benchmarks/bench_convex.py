@@ -38,7 +38,7 @@ def run() -> dict[str, Figure]:
     model.weight.data.copy_(torch.from_numpy(best))
     subject = Subject(model.eval(), data.train.documents, Classification(), name="softmax regression")
     asked = loss_of(data.queries)
-    options = {"damping": L2, "relative": 0.0}
+    options = {"damping": L2, "relative": 0.0, "queries": "each"}
     scores = attribute(subject, asked, "exact_influence_koh2017", options={**options, "curvature": "hessian"})
     whole = attribute(
         subject, asked, "exact_influence_koh2017", options={**options, "curvature": "ggn", "solver": "dense"}

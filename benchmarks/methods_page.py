@@ -26,6 +26,8 @@ PAGE = ROOT / "docs" / "methods.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BENCHMARKS = {"digits_lds": "small classifier", "lm_lds": "small language model"}
 """File in `RESULTS` -> what it is called on the page."""
+SMOOTH = ("magic", "ekfac", "gradient_dot", "random")
+"""What was measured on runs that are smooth in the documents' weights."""
 QUESTIONS = {"attribution": "Which documents?"}
 UNKNOWN = "not measured yet"
 INTRO = """\
@@ -68,11 +70,22 @@ class Line:
         row = self.row(found[bench])
         if row is not None:
             return interval(row["lds"])
+        own = self.smooth(found)
+        if bench in own:
+            return f"{interval(own[bench][-1][1])} (a smooth run)"
         refused = {name.lower(): reason for name, reason in found[bench]["not_applicable"].items()}
         return f"— ({next((refused[n] for name in self.reasons if (n := name.lower()) in refused), 'not run')})"
 
+    def smooth(self, found: Results) -> Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]:
+        """The line's part of `smooth`."""
+        measured = smooth(found)
+        return next((measured[name] for name in self.names if name in measured), {})
+
     def passes(self, found: Results) -> str:
         """Measured costs by benchmark."""
+        trainings = self.smooth(found).get("trainings")
+        if trainings:
+            return " / ".join(f"{number(one['value'])} trainings" for _, one in trainings) + " a query"
         return ratios([self.row(found[bench]) if bench in found else None for bench in BENCHMARKS])
 
     def details(self, found: Results) -> Iterator[tuple[str, str]]:
@@ -86,6 +99,27 @@ class Line:
                 yield f"LDS by damping, {words}", points
             if row["note"]:
                 yield f"Notes, {words}", row["note"]
+
+
+def smooth(found: Results) -> dict[str, dict[str, list[tuple[str, Mapping[str, Any]]]]]:
+    """Method -> benchmark (or "trainings" a query) -> (what was done, figure) of the runs smooth in the weights.
+
+    Only where MAGIC was measured; the figure nearest to the benchmark's own is the last.
+    """
+    figures = found.get("lm_lds", {}).get("world", {}).get("smooth_run", {})
+    result: dict[str, dict[str, list[tuple[str, Mapping[str, Any]]]]] = {}
+    for world, bench in (("digits", "digits_lds"), ("lm", "lm_lds")):
+        for name in SMOOTH:
+            for kept in (90, 50):
+                key = f"lds_{name}_{world}_{kept}"
+                figure = figures.get(key) or (figures.get(f"lds_{name}") if (world, kept) == ("lm", 50) else None)
+                if figure is not None:
+                    done = f"{BENCHMARKS[bench]}, {100 - kept} % removed"
+                    result.setdefault(name, {}).setdefault(bench, []).append((done, figure))
+        if f"magic_trainings_per_query_{world}" in figures:
+            entry = (world, figures[f"magic_trainings_per_query_{world}"])
+            result["magic"].setdefault("trainings", []).append(entry)
+    return {"magic": result["magic"]} | {n: result[n] for n in SMOOTH[1:] if n in result} if "magic" in result else {}
 
 
 def results(folder: Path) -> dict[str, Mapping[str, Any]]:
@@ -187,7 +221,26 @@ def benchmark(name: str, result: Mapping[str, Any] | None) -> str:
     lines += heading(["method", "LDS [95 %]", "passes", "options"])
     for method, row in sorted(ours(result), key=lambda item: -item[1]["lds"]["value"]):
         lines.append(cells_text([method, interval(row["lds"]), number(row["cost_ratio"]), setting(row) or "defaults"]))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *smooth_runs(name, result)]) + "\n"
+
+
+def smooth_runs(name: str, result: Mapping[str, Any]) -> list[str]:
+    """MAGIC and what stands beside it, where documents are removed by weight 0 from a run that is smooth in them."""
+    found = smooth({name: result})
+    if not found:
+        return []
+    columns = [done for bench in BENCHMARKS for done, _ in found["magic"].get(bench, [])]
+    lines = [
+        "",
+        "Runs that are smooth in the documents' weights, documents removed by weight 0, LDS [95 %]; the others are not "
+        "tuned here:",
+        "",
+        *heading(["method", *columns]),
+    ]
+    for method, by_bench in found.items():
+        cells = {done: interval(figure) for bench in BENCHMARKS for done, figure in by_bench.get(bench, [])}
+        lines.append(cells_text([method, *(cells.get(column, "—") for column in columns)]))
+    return lines
 
 
 def peers(found: Results) -> str:

@@ -34,6 +34,8 @@ from tests.verification import convex
 
 RESAMPLES = 40
 EXACT = {"exact_influence": {"solver": "dense", "damping": 1e-6}}
+EACH = {"exact_influence": {**EXACT["exact_influence"], "queries": "each"}}
+"""The same by `attribute`, which has a row for the mean of the queries unless it is told."""
 CALL: dict[str, Any] = {"methods": ["exact_influence", "gradient_dot"], "options": EXACT, "workers": 0}
 
 
@@ -95,7 +97,7 @@ def test_each_lds_and_margin_is_that_of_its_definition(whole: Any, line: Subject
         assert one.null == alone[one.method].null
         expected = None if one.method == found.recommended else margin(best, alone[one.method])
         assert one.behind_best == expected
-        again = rootward.attribute(line, convex.behaviour(), one.method, options=EXACT.get(one.method))
+        again = rootward.attribute(line, convex.behaviour(), one.method, options=EACH.get(one.method))
         assert again.values.tobytes() == scores[one.method].values.tobytes()
 
 
@@ -240,7 +242,7 @@ def test_every_method_is_tuned_over_what_it_declares_unless_it_is_told_not_to(li
         {"": {"rate": 2.0, "queries": "each"}}, {"": {"damping": 50.0}},
     ]  # fmt: skip
     wider = api.comparison_plan(line, losses(line), ["arnoldi"], options={"arnoldi": {"top": 3}})
-    assert next(iter(wider.entries)).settings["0"] == {"damping": 0.0, "top": 3}
+    assert next(iter(wider.entries)).settings["0"] == {"damping": 0.0, "top": 3, "queries": "each"}
     untuned = api.comparison_plan(line, losses(line), list(expected), tune=False)
     assert all(len(entry.settings) == 1 for entry in untuned.entries)
     assert (len(untuned.subsets.masks), untuned.choosing) == (64, ())

@@ -67,11 +67,37 @@ def cells(text: str, start: str) -> list[str]:
 
 
 def test_the_page_is_up_to_date():
-    found = results(RESULTS)
-    if not found:
-        pytest.skip(f"nothing is measured yet: none of {', '.join(BENCHMARKS)} is in {RESULTS.name}/")
     written = PAGE.read_text(encoding="utf-8")
-    assert written == page(found), "run python benchmarks/methods_page.py and commit docs/methods.md"
+    assert written == page(results(RESULTS)), "run python benchmarks/methods_page.py and commit docs/methods.md"
+
+
+def test_smooth_runs_have_a_table_and_stand_in_for_rows_that_are_not_there(made: tuple[Path, dict[str, Any]]):
+    _, document = made
+
+    def figure(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 64}
+
+    measured = {
+        "lds_magic": figure(0.9),
+        "lds_magic_lm_90": figure(0.8),
+        "lds_magic_digits_90": figure(0.7),
+        "lds_random_lm_50": figure(0.0),
+        "magic_trainings_per_query_lm": figure(5.0),
+    }
+    world = {**document["world"], "smooth_run": measured}
+    found = {"digits_lds": document, "lm_lds": {**document, "world": world}}
+    text = page(found)
+    assert cells(text, "[exact metagradient")[2:] == [
+        "0.70 [0.60, 0.80] (a smooth run)",
+        "0.90 [0.80, 1.00] (a smooth run)",
+        "5 trainings a query",
+    ]
+    assert cells(text, "method | small classifier, 10 % removed")[1:] == [
+        "small classifier, 10 % removed", "small language model, 10 % removed", "small language model, 50 % removed",
+    ]  # fmt: skip
+    assert cells(text, "magic |")[1:] == ["0.70 [0.60, 0.80]", "0.80 [0.70, 0.90]", "0.90 [0.80, 1.00]"]
+    assert cells(text, "random | —")[1:] == ["—", "—", "0.00 [−0.10, 0.10]"]
+    assert "smooth" not in cells(page({"digits_lds": document}), "[exact metagradient")[2]
 
 
 def test_every_method_has_its_section_and_a_page_without_results_says_so():

@@ -17,14 +17,14 @@ import numpy as np
 
 from rootward.capture.finite import without_not_finite
 from rootward.capture.inputs import MethodInputs, has_text, plain_pass_seconds
-from rootward.capture.losses import write_documents
+from rootward.capture.losses import token_records, write_documents
 from rootward.capture.store import GradientStore
 from rootward.core import registry
 from rootward.core.errors import ArtefactError, DependencyError, InputError, NumericalError
 from rootward.core.hashing import digest, digest_json
 from rootward.core.memory import forget_peak, peak_memory_mb
 from rootward.core.progress import Progress, silent
-from rootward.core.records import Comparison, Cost, Interval, MethodResult, TokenScores, Trace, Verdict, write_model
+from rootward.core.records import Comparison, Cost, Interval, MethodResult, Trace, Verdict, write_model
 from rootward.core.runfolder import RunFolder, open_run
 from rootward.core.scorefile import read_scores, score_parts, write_scores
 from rootward.core.scores import Scores
@@ -74,10 +74,16 @@ def attribute(
         Scores ``[q, n]``: positive = training more on the document raises the measurement.
 
     Raises:
-        InputError: unknown method or option. ArtefactError: the index is of another model, data or settings.
+        InputError: unknown method or option, or ``skip_not_finite`` beside ``inputs``. ArtefactError: the index is of
+            another model, data or settings.
     """
     chosen, preset = registry.get(method)
     config = chosen.configure({**preset, **(options or {})})
+    if inputs is not None and skip_not_finite:
+        raise InputError(
+            "skip_not_finite: `inputs` hold their own documents; make them of "
+            "capture.finite.without_not_finite(subject), or leave one of the two away"
+        )
     if inputs is None:
         store = GradientStore(index) if isinstance(index, str | Path) else index
         subject = without_not_finite(subject, token_budget, progress) if skip_not_finite else subject
@@ -101,6 +107,7 @@ def trace(
     token_documents: int = 40,
     measure_plain: bool = True,
     progress: Progress = silent,
+    skip_not_finite: bool = False,
 ) -> tuple[Trace, dict[str, Scores]]:
     """Attribute a behaviour by several methods, with the baselines beside them, into a run folder.
 
@@ -116,6 +123,7 @@ def trace(
         token_documents: how many documents at each end of the main ranking get token scores.
         measure_plain: time one plain forward+backward pass, so that costs can be given as a ratio to it.
         progress: told of every batch.
+        skip_not_finite: leave out documents whose loss or gradient is not finite (`capture.finite`); else an error.
 
     Returns:
         The trace as written, and the scores by the name that each method was asked for under.
@@ -124,6 +132,7 @@ def trace(
         InputError: what is asked for cannot be. ArtefactError: the folder holds another run; the difference is shown.
     """
     plan = _planned(subject, behaviour, methods, options or {})
+    subject = without_not_finite(subject, token_budget, progress) if skip_not_finite else subject
     truth = _truth(subject, planted)
     store = GradientStore(index) if index is not None else None
     inputs = MethodInputs(subject, behaviour, token_budget, store, progress)
@@ -245,7 +254,7 @@ def _record(
         main_method=main,
         methods=_against_baselines(results),
         queries=behaviour.records(behaviour.evaluate(subject.model, subject.objective)),
-        tokens=_token_scores(inputs, plan.methods[main], plan.configs[main], scores[main], token_documents),
+        tokens=token_records(inputs, plan.methods[main], plan.configs[main], scores[main], token_documents),
     )
 
 
@@ -319,27 +328,6 @@ def _against_baselines(results: list[MethodResult]) -> list[MethodResult]:
     ]
 
 
-def _token_scores(
-    inputs: MethodInputs, method: registry.Method, config: Any, scores: Scores, count: int
-) -> list[TokenScores]:
-    if method.tokens is None or count < 1:
-        return []
-    order = scores.order()
-    positions = [int(n) for n in dict.fromkeys([*order[:count], *order[::-1][:count]])]
-    found = method.tokens(inputs, config, positions)
-    encoded, objective = inputs.subject.encoded, inputs.subject.objective
-    return [
-        TokenScores(
-            id=encoded[n].id,
-            query=-1,
-            tokens=objective.tokens(encoded[n]),
-            scores=[float(v) for v in found[n]],
-            trained=[bool(v) for v in encoded[n].trained],
-        )
-        for n in positions
-    ]
-
-
 def verify(subject: Subject, scores: Scores | Mapping[str, Scores], intervention: Any, **options: Any) -> Verdict:
     """Make the change, retrain, measure, with controls of equal size: see `rootward.verification.removal.verify`."""
     from rootward.verification.removal import verify as run
@@ -366,6 +354,7 @@ def compare(
     workers: int | None = None,
     token_budget: int | None = None,
     progress: Progress = silent,
+    skip_not_finite: bool = False,
 ) -> tuple[Comparison, dict[str, Scores]]:
     """Which method can be trusted on this subject, and what does it cost? Methods and baselines against retraining.
 
@@ -393,6 +382,7 @@ def compare(
         workers: processes that train (`rootward.verification.retrain.run_jobs`).
         token_budget: padded tokens per batch; None measures what fits.
         progress: told of batches and trainings.
+        skip_not_finite: as in `attribute`; no model is trained on such documents either.
 
     Returns:
         The comparison as written to ``compare.json``, and the scores by method, the highest LDS first.
@@ -403,10 +393,16 @@ def compare(
     """
     from rootward.verification.compare import compare_scores
 
-    plan = comparison_plan(
-        subject, behaviour, methods, options=options, subsets=subsets, seeds=seeds, tune=tune, removal=removal,
-        leave_out=leave_out, tail_patch=tail_patch, planted=planted, allow_few=allow_few, split_seed=split_seed,
-    )  # fmt: skip
+    def planned(of: Subject) -> ComparisonPlan:
+        return comparison_plan(
+            of, behaviour, methods, options=options, subsets=subsets, seeds=seeds, tune=tune, removal=removal,
+            leave_out=leave_out, tail_patch=tail_patch, planted=planted, allow_few=allow_few, split_seed=split_seed,
+        )  # fmt: skip
+
+    plan = planned(subject)
+    if skip_not_finite:  # after what can be refused without a pass
+        subject = without_not_finite(subject, token_budget, progress)
+        plan = planned(subject)
     with _compared(run, plan) as folder:
         inputs = MethodInputs(subject, behaviour, token_budget, None, progress)
         plain = plain_pass_seconds(subject, inputs.tracked, token_budget or 4096)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from rootward.capture import dense as dense_room
-from rootward.capture.dense import exact_curvature, gram_curvature
+from rootward.capture.dense import exact_curvature, gram_curvature, low_rank_curvature
 from rootward.capture.sites import Tracked, track
 from rootward.core.errors import InputError, LayoutMismatch, NumericalError
 from rootward.core.layout import ParamLayout
+from rootward.curvature import gram as gram_room
 from rootward.curvature.base import Damping
 from rootward.curvature.dense import DenseCurvature
 from rootward.subject.objectives import Classification, Regression
@@ -153,11 +154,33 @@ def test_too_much_is_refused_before_anything_is_run(monkeypatch: pytest.MonkeyPa
         exact_curvature(model, Classification(), w.vectors(), track(model))
     monkeypatch.setattr(dense_room, "free_memory", lambda device: 9_999)
     small = Untouched(5)
-    with pytest.raises(InputError, match=r"6 documents with 1 rows of 500 entries need 2.4e-05 GB"):
+    with pytest.raises(InputError, match=r"6 documents with 1 rows of 500 entries need 2.52e-05 GB"):
         gram_curvature(small, Classification(), w.vectors(), track(small))
     perceptron, tracked = tracked_perceptron()
     with pytest.raises(InputError, match="6 documents with 3 rows of 115 entries"):
         gram_curvature(perceptron, Classification(), w.vectors(), tracked, "ggn")
+    monkeypatch.undo()
+    monkeypatch.setattr(gram_room, "LARGEST", 17)  # 18 rows
+    monkeypatch.setattr(dense_room, "_pass", lambda *_: pytest.fail("it was run"))
+    with pytest.raises(InputError, match=r"gram: 18 rows \(documents x labels\) of 115 entries: expected at most 17"):
+        gram_curvature(perceptron, Classification(), w.vectors(), tracked, "ggn")
+    with pytest.raises(InputError, match=r"low rank: 18 rows .* of 49 entries"):
+        low_rank_curvature(perceptron, Classification(), w.vectors(), tracked, 2, "ggn")
+
+
+def test_with_more_rows_than_parameters_it_is_the_same_matrix():
+    """18 rows of 15 entries, and of 5 and 3 of them in blocks."""
+    model, examples = nn.Linear(5, 3).double(), w.vectors()
+    tracked = track(model, ".*")
+    x = vectors(tracked.layout, 4)
+    exact = exact_curvature(model, Classification(), examples, tracked)
+    gram = gram_curvature(model, Classification(), examples, tracked, "ggn")
+    assert len(gram.rows) == len(gram.eigenvalues) == tracked.layout.size
+    torch.testing.assert_close(gram.rows.T @ gram.rows / len(examples), exact.matrix(), rtol=1e-8, atol=1e-10)
+    for power in (-1.0, -0.5, 0.5):
+        a, b = (c.apply(x, power, Damping(0.1)) for c in (gram, exact))
+        for name in tracked.layout.names:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-7, atol=1e-7)
 
 
 def test_what_has_no_matrix_is_refused():
@@ -167,7 +190,7 @@ def test_what_has_no_matrix_is_refused():
             function(model, Classification(), [], tracked)
         with pytest.raises(InputError, match="got 'nonsense'"):
             function(model, Classification(), w.vectors(), tracked, "nonsense")
-    with pytest.raises(InputError, match="expected kind 'empirical'"):
+    with pytest.raises(InputError, match="gram: a Hessian has no rows"):
         gram_curvature(model, Classification(), w.vectors(), tracked, "hessian")  # type: ignore[arg-type]
     language = w.gpt2()
     with pytest.raises(InputError, match="documents with several targets"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from rootward.capture import moments as room
 from rootward.capture.moments import CovarianceSums, SecondMoments
 from rootward.capture.run import run_pass
+from rootward.capture.sinks import BaseSink
 from rootward.capture.sites import Tracked, track
-from rootward.core.block import Block, LookupFactor, MatrixFactor, VectorFactor
+from rootward.core.block import Block, Factor, LookupFactor, MatrixFactor, VectorFactor
 from rootward.core.errors import ArtefactError, LayoutMismatch
 from rootward.core.layout import ParamLayout
 from rootward.curvature.base import Damping
@@ -241,6 +243,29 @@ def equal_convolutions() -> tuple[nn.Module, Objective, list[Example]]:
     layers = [layer for _ in range(4) for layer in (nn.Conv2d(2, 2, 3, padding=1), nn.Tanh())]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3)).double()
     return model, Classification(), w.pairs(torch.randn(5, 2, 4, 4, dtype=torch.float64), torch.arange(5) % 3)
+
+
+class Patches(BaseSink):
+    """The most unfolded inputs that are alive at a time when the next parameter's come."""
+
+    inputs, backward = True, False
+
+    def __init__(self, layout: ParamLayout) -> None:
+        super().__init__(layout)
+        self.refs: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def consume(self, name: str, factors: Sequence[Factor]) -> None:
+        self.refs += [weakref.ref(factor.right) for factor in factors if isinstance(factor, MatrixFactor)]
+        self.most = max(self.most, sum(ref() is not None for ref in self.refs))
+
+
+def test_a_forward_pass_unfolds_one_convolution_at_a_time():
+    model, objective, examples = equal_convolutions()
+    tracked = track(model, r"[0246]\.weight")
+    sink = Patches(tracked.layout)
+    run_pass(model, objective, examples, [sink], tracked=tracked, token_budget=100)
+    assert (len(sink.refs), sink.most) == (4, 1)
 
 
 @pytest.mark.parametrize("make", [branches, equal_convolutions])

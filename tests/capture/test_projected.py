@@ -126,7 +126,7 @@ def test_what_does_not_fit_or_is_not_finite_is_refused(monkeypatch: pytest.Monke
         with pytest.raises(InputError, match=r"documents: 4 projected gradients of \d+ entries .* fewer dimensions"):
             document_rows(inputs, sketch)
     huge = Projection(inputs.tracked.layout, 3, given={sketch.layout.names[0]: (torch.full((16, 1), torch.inf), None)})
-    with pytest.raises(NumericalError, match="the gradient of 4 documents is not finite, first document"):
+    with pytest.raises(NumericalError, match="projected gradients of 4 documents are not finite, first document"):
         document_rows(inputs, huge)
 
 

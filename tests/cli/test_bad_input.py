@@ -92,6 +92,14 @@ def test_documents_that_are_not_finite_are_left_out_where_asked(world: World, tm
     assert len(found.document["documents"]) == 10
     record = json.loads((tmp_path / "r" / "record.json").read_text())
     assert any("left out, the loss is not finite" in note for note in record["warnings"])
+    argv = world.index(tmp_path / "i", "--documents", path)
+    argv[1] = tmp_path / "nan"
+    assert_short(rootward(*argv), 1, "not finite", "row 0", "skip_not_finite")
+    assert "1 documents left out" in done(*argv, "--skip-not-finite", "--overwrite").err
+    read = ("--documents", path, "--behaviour", world.queries, "--out", tmp_path / "c")
+    argv = ["compare", tmp_path / "nan", *read, "--print-config"]
+    for flags, word in (((), "false"), (("--skip-not-finite",), "true")):
+        assert f"skip_not_finite = {word}" in done(*argv, *flags).out
 
 
 def test_a_weight_that_is_not_a_number(world: World, tmp_path: Path):

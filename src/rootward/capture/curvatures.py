@@ -18,7 +18,14 @@ from rootward.core.hashing import digest_json
 from rootward.core.registry import MethodConfig
 from rootward.curvature.base import Damping
 from rootward.curvature.joint import JointCurvature
-from rootward.curvature.saved import check_curvature, has_curvature, load_curvature, save_curvature
+from rootward.curvature.saved import (
+    check_curvature,
+    has_curvature,
+    load_curvature,
+    load_joint,
+    save_curvature,
+    save_joint,
+)
 
 
 class FitOptions(MethodConfig):
@@ -112,14 +119,19 @@ def fitted(
     return replace(found, curvature=found.curvature.damped(damping))
 
 
-def joined(inputs: MethodInputs, config: FitConfig, base: Fitted, count: int) -> JointCurvature:
+def joined(
+    inputs: MethodInputs, config: FitConfig, base: Fitted, count: int, folder: Path | None = None
+) -> JointCurvature:
     """The ``count`` largest entries of the eigenbasis of the EK-FAC fitted with this config, taken jointly.
 
-    At the subject's present weights, with the base's damping over the whole matrix.
+    At the subject's present weights, with the base's damping over the whole matrix; kept in the base's ``folder``.
     """
     key = digest_json({**curvature_key(inputs, config), "joint": count})
     if key not in inputs.fits:
-        inputs.fits[key] = fit_joint(_fit(inputs, config, None), base.curvature, count)
+        kept = None if folder is None else load_joint(folder, base.curvature, key)
+        inputs.fits[key] = kept or fit_joint(_fit(inputs, config, None), base.curvature, count)
+        if folder is not None and kept is None:
+            save_joint(folder, inputs.fits[key], key)
     found: JointCurvature = inputs.fits[key]
     return found.damped(replace(base.curvature.damping, scope="whole"))
 

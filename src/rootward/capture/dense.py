@@ -30,7 +30,7 @@ from rootward.core.layout import ParamLayout
 from rootward.core.progress import Progress, silent
 from rootward.curvature.base import Damping
 from rootward.curvature.dense import LARGEST, DenseCurvature
-from rootward.curvature.gram import GramCurvature
+from rootward.curvature.gram import GramCurvature, require_small
 from rootward.curvature.low_rank import LowRankCurvature
 from rootward.subject.encode import Example
 from rootward.subject.objectives import Objective
@@ -73,7 +73,8 @@ class GradientRows(BaseSink):
         if bad:
             raise NumericalError(
                 f"the gradients of {len(bad)} documents are not finite, first document {self.block.ids[bad[0]]}; look "
-                "at that document, or load the model with dtype float32"
+                "at that document's gradient, load the model with dtype float32, or leave such documents out "
+                "(skip_not_finite)"
             )
         self.receive(self._current)
         self._current = None
@@ -170,10 +171,12 @@ def gram_curvature(
     """The same matrix, of any number of parameters, from the gradients of a few documents; see `exact_curvature`.
 
     Raises:
-        InputError: the rows would take more than half of the free memory (before the pass), or "ggn" is asked of
-            documents with several targets or many labels, which have no rows.
+        InputError: before the pass: rows and matrix would take more than half of the free memory, there are more than
+            `LARGEST` of both rows and parameters, or "ggn" is asked of documents with several targets or many labels,
+            which have no rows.
     """
-    rows = _rows("gram", model, objective, examples, tracked, kind, labels, token_budget, progress)
+    width = tracked.layout.size
+    rows = _rows("gram", model, objective, examples, tracked, width, kind, labels, token_budget, progress)
     return GramCurvature.of(tracked.layout, rows, len(examples), damping)
 
 
@@ -195,7 +198,8 @@ def low_rank_curvature(
     An approximation: of a few documents' gradients the small eigenpairs are mostly chance, of which the diagonal is
     kept, and what parameters have in common is left out. Errors are those of `gram_curvature`.
     """
-    rows = _rows("low rank", model, objective, examples, tracked, kind, labels, token_budget, progress)
+    width = max(tracked.layout.sizes.values())
+    rows = _rows("low rank", model, objective, examples, tracked, width, kind, labels, token_budget, progress)
     return LowRankCurvature.of_rows(
         tracked.layout, rows, rank, documents=len(examples), rest="diagonal", damping=damping
     )
@@ -207,23 +211,32 @@ def _rows(
     objective: Objective,
     examples: Sequence[Example],
     tracked: Tracked,
+    width: int,
     kind: RowKind,
     labels: Labels | None,
     token_budget: int | None,
     progress: Progress,
 ) -> Tensor:
-    """Gradients ``[m, P]`` in float64 whose second moment over the documents is the matrix; see `gram_curvature`."""
+    """Gradients ``[m, P]`` in float64 whose second moment over the documents is the matrix; see `gram_curvature`.
+
+    ``width`` is that of the widest block that is decomposed.
+    """
     _refuse(examples, kind)
+    if kind == "hessian":
+        raise InputError(f"{name}: a Hessian has no rows; use 'ggn', or exact_curvature (solver 'dense')")
     chosen = _labels(model, objective, examples, kind, labels)
-    if kind == "hessian" or chosen is None:
+    if chosen is None:
         raise InputError(
-            f"{name}: expected kind 'empirical', or 'ggn' of documents with one target and at most {MOST_LABELS} "
-            "labels; use 'fisher' with sampled labels for documents with several targets"
+            f"{name}: 'ggn' is of a row for every label, which only documents with one target and at most "
+            f"{MOST_LABELS} labels have; use 'fisher' with sampled labels for documents with several targets or more "
+            "labels"
         )
     each = chosen.draws if chosen.kind == "sampled" else 1
     if chosen.kind == "exact":
         each = predictions_of(model, objective, examples[0]).outputs.shape[1]
-    need = 8 * len(examples) * each * tracked.layout.size
+    count = len(examples) * each
+    require_small(name, count, width)
+    need = 8 * count * tracked.layout.size + COPIES * 8 * min(count, width) ** 2
     if need > 0.5 * free_memory(torch.device("cpu")):
         raise InputError(
             f"{name}: {len(examples)} documents with {each} rows of {tracked.layout.size:,} entries need "

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rootward.capture.fitparts import Parts
+from rootward.capture.inputs import require_finite
 from rootward.capture.moments import WIDEST, CovarianceSums, SecondMoments
 from rootward.capture.precision import native_bfloat16
 from rootward.capture.rescaling import Rescaled, Scale
@@ -343,17 +344,15 @@ class Fit:
         bad = [name for name, value in sums.items() if not bool(torch.isfinite(value).all())]
         if not bad:
             return
-        layout, count = self.tracked.layout, len(rows)
-        first = next(self.model.parameters())
-        nothing = {name: torch.zeros(1, *layout.shape(name), device=first.device) for name in layout.names}
-        sink = Products(layout, nothing, count, norms=True)
+        layout, device = self.tracked.layout, next(self.model.parameters()).device
+        nothing = {name: torch.zeros(1, *layout.shape(name), device=device) for name in layout.names}
+        sink = Products(layout, nothing, len(rows), norms=True)
         self.feed(rows, [sink], Labels(), "looking for the document")
         assert sink.squared is not None
-        found = [self.examples[rows[n]] for n in (~torch.isfinite(sink.squared)).nonzero().flatten().tolist()]
-        who = f"first document {found[0].id} (row {found[0].row})" if found else "with the model's own labels only"
+        require_finite(sink.squared, [self.examples[n] for n in rows], "gradients")
         raise NumericalError(
-            f"the gradients of {len(found)} sampled documents are not finite, {who}; seen at {bad[0]}; look at that "
-            "document's gradient, load the model with dtype float32, or leave such documents out (skip_not_finite)"
+            f"{bad[0]} is not finite, although each document's gradient at its own labels is; load the model with "
+            "dtype float32, or fit with the data's labels (fit_labels = 'data')"
         )
 
     def _input_agreement(self, bases: Eigenbases, halves: list[CovarianceSums]) -> float:

@@ -128,6 +128,34 @@ class CurvatureProducts:
             NumericalError: a document's loss or a product is not finite. ArtefactError: the model cannot be
                 differentiated twice, or does not depend on these parameters.
         """
+        result = self._product(gradients)
+        for name, value in result.items():
+            if not bool(torch.isfinite(value).all()):
+                raise self._blame(name, gradients)
+        return result
+
+    def _blame(self, name: str, gradients: Gradients) -> NumericalError:
+        """The error of a product that is not finite: halving finds the document, for the price of two products."""
+        message = f"{self.kind} product: the entries of {name} are not finite"
+        if not all(bool(torch.isfinite(value).all()) for value in gradients.values()):
+            return NumericalError(message)
+
+        def broken(examples: Sequence[Example]) -> bool:
+            found = replace(self, examples=examples, token_budget=self.budget)._product(gradients)
+            return not all(bool(torch.isfinite(value).all()) for value in found.values())
+
+        part = list(self.examples)
+        while len(part) > 1:
+            half = part[: len(part) // 2]
+            part = half if broken(half) else part[len(part) // 2 :]
+        if not broken(part):
+            return NumericalError(f"{message}, although each document's are: they are too large to be summed")
+        return NumericalError(
+            f"{message}, first document {part[0].id} (row {part[0].row}); look at that document's gradient, load the "
+            "model with dtype float32, or leave such documents out (skip_not_finite)"
+        )
+
+    def _product(self, gradients: Gradients) -> dict[str, Tensor]:
         count = len(gradients[self.layout.names[0]])
         sums = {n: torch.zeros_like(gradients[n]) for n in self.layout.names}
         with differentiable(self.model, self.layout) as wanted, _twice_differentiable(self.model):
@@ -140,11 +168,7 @@ class CurvatureProducts:
                 self._add(batch, wanted, vectors, sums, look=done == 0)
                 done += len(positions)
                 self.progress(f"{self.kind} products", done, len(self.examples))
-        result = {n: value / len(self.examples) for n, value in sums.items()}
-        for name, value in result.items():
-            if not bool(torch.isfinite(value).all()):
-                raise NumericalError(f"{self.kind} product: the entries of {name} are not finite")
-        return result
+        return {n: value / len(self.examples) for n, value in sums.items()}
 
     def _add(
         self, batch: Batch, wanted: list[Tensor], vectors: list[list[Tensor]], sums: dict[str, Tensor], *, look: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -159,14 +159,22 @@ class MethodInputs:
         """A pass over the examples with `Products` of their gradients with the queries."""
         sink = Products(self.tracked.layout, queries, len(examples), norms=norms, tokens=tokens)
         self.feed([sink], examples, "token scores" if tokens else "documents")
-        bad = (~torch.isfinite(sink.dots).all(0)).nonzero().flatten().tolist()
-        if bad:
-            raise NumericalError(
-                f"the products of {len(bad)} documents with the queries are not finite, first document "
-                f"{examples[bad[0]].id} (row {examples[bad[0]].row}); look at that document's gradient, load the model "
-                "with dtype float32, or leave such documents out (skip_not_finite)"
-            )
+        require_finite(sink.dots.T, examples, "products with the queries")
         return sink
+
+    def require_finite_sums(self, sums: Iterable[Tensor], what: str) -> None:
+        """`NumericalError` where a sum over all documents is not finite; another pass finds the document to name."""
+        if all(bool(torch.isfinite(value).all()) for value in sums):
+            return
+        layout, examples = self.tracked.layout, self.subject.encoded
+        nothing = {n: torch.zeros(1, *layout.shape(n), device=self.subject.device) for n in layout.names}
+        sink = Products(layout, nothing, len(examples), norms=True)
+        self.feed([sink], examples, "looking for the document")
+        assert sink.squared is not None
+        require_finite(sink.squared, examples, "gradients")
+        raise NumericalError(
+            f"{what} are not finite, although each document's gradient is; load the model with float32"
+        )
 
     def per_document(self) -> float:
         """What the recipe divides a document's loss by, beside their number: the mean trained tokens, or 1."""
@@ -321,6 +329,17 @@ def differentiable(model: nn.Module, layout: ParamLayout) -> Generator[list[Tens
             p.requires_grad_(flags[name])
         for module, mode in modes:
             module.training = mode
+
+
+def require_finite(values: Tensor, examples: Sequence[Example], what: str) -> None:
+    """`NumericalError` that names the first document (a row of ``values``) with an entry that is not finite."""
+    bad = (~torch.isfinite(values).reshape(len(examples), -1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        first = examples[bad[0]]
+        raise NumericalError(
+            f"the {what} of {len(bad)} documents are not finite, first document {first.id} (row {first.row}); look at "
+            "that document's gradient, load the model with dtype float32, or leave such documents out (skip_not_finite)"
+        )
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""The documents of a run with their losses under its subject: a table for the page."""
+"""What a run keeps of its documents for the page: a table with their losses, and token scores of some."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.sinks import Losses
+from rootward.core.records import TokenScores
+from rootward.core.registry import Method
 from rootward.core.runfolder import RunFolder
+from rootward.core.scores import Scores
 from rootward.subject.subject import Subject
 
 
@@ -33,3 +36,23 @@ def write_documents(subject: Subject, run: RunFolder, inputs: MethodInputs) -> N
             }
         )
     run.write_documents(rows)
+
+
+def token_records(inputs: MethodInputs, method: Method, config: Any, scores: Scores, count: int) -> list[TokenScores]:
+    """Token scores of ``count`` documents at each end of the ranking; none where the method has no such scores."""
+    if method.tokens is None or count < 1:
+        return []
+    order = scores.order()
+    positions = [int(n) for n in dict.fromkeys([*order[:count], *order[::-1][:count]])]
+    found = method.tokens(inputs, config, positions)
+    encoded, objective = inputs.subject.encoded, inputs.subject.objective
+    return [
+        TokenScores(
+            id=encoded[n].id,
+            query=-1,
+            tokens=objective.tokens(encoded[n]),
+            scores=[float(v) for v in found[n]],
+            trained=[bool(v) for v in encoded[n].trained],
+        )
+        for n in positions
+    ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rootward.capture.inputs import MethodInputs, free_memory
+from rootward.capture.inputs import MethodInputs, free_memory, require_finite
 from rootward.capture.moments import CovarianceSums, SecondMoments
 from rootward.capture.projection import Projection, Sides, Sketch, sketch_dense
 from rootward.capture.sinks import ProjectedRows
@@ -43,13 +43,6 @@ def _rows_of(inputs: MethodInputs, sketch: Sketch, examples: list[Example], task
         )
     sink = ProjectedRows(sketch, len(examples), _dtype(inputs))
     inputs.feed([sink], examples, task)
-    bad = (~torch.isfinite(sink.rows).all(1)).nonzero().flatten().tolist()
-    if bad:
-        first = examples[bad[0]]
-        raise NumericalError(
-            f"{task}: the gradient of {len(bad)} documents is not finite, first document {first.id} (row {first.row}); "
-            "look at that document, or load the model with dtype float32"
-        )
     return sink
 
 
@@ -60,6 +53,7 @@ def document_rows(inputs: MethodInputs, sketch: Sketch) -> DocumentRows:
         InputError: the rows would not fit in memory. NumericalError: a document's loss or gradient is not finite.
     """
     sink = _rows_of(inputs, sketch, list(inputs.subject.encoded), "documents")
+    require_finite(sink.rows, inputs.subject.encoded, "projected gradients")
     return DocumentRows(sink.rows, sink.losses)
 
 
@@ -96,6 +90,12 @@ def query_rows(inputs: MethodInputs, sketch: Sketch) -> Tensor:
         return sketch_dense(sketch, {name: g.to(_dtype(inputs)) for name, g in dense.items()}).cpu()
     parts = behaviour.parts(inputs.subject.objective)
     sink = _rows_of(inputs, sketch, [part.example for part in parts], "queries")
+    bad = (~torch.isfinite(sink.rows).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise NumericalError(
+            f"query {behaviour.queries[parts[bad[0]].query].name!r}: its gradient is not finite; look at that query, "
+            "or load the model with dtype float32"
+        )
     weights = torch.zeros(len(behaviour), len(parts), dtype=sink.rows.dtype)
     for n, part in enumerate(parts):
         weights[part.query, n] = part.weight
@@ -103,17 +103,25 @@ def query_rows(inputs: MethodInputs, sketch: Sketch) -> Tensor:
 
 
 def squared_gradients(inputs: MethodInputs) -> dict[str, Tensor]:
-    """Mean over documents of every entry of the gradient squared, ``[*shape]`` by name: one pass, their own labels."""
+    """Mean over documents of every entry of the gradient squared, ``[*shape]`` by name: one pass, their own labels.
+
+    Raises `NumericalError` that names the document whose gradient is not finite.
+    """
     layout = inputs.tracked.layout
     sink = SecondMoments(layout, {name: (None, None) for name in layout.names})
     inputs.feed([sink], inputs.subject.encoded, "second moments")
+    inputs.require_finite_sums(sink.sums.values(), "second moments")
     return {name: value.reshape(layout.shape(name)) for name, value in sink.result().items()}
 
 
 def covariances(inputs: MethodInputs) -> Covariances:
-    """Covariances of both sides of every matrix over all documents' tokens: one pass, their own labels."""
+    """Covariances of both sides of every matrix over all documents' tokens: one pass, their own labels.
+
+    Raises `NumericalError` that names the document whose gradient is not finite.
+    """
     sink = CovarianceSums(inputs.tracked.layout)
     inputs.feed([sink], inputs.subject.encoded, "covariances")
+    inputs.require_finite_sums(sink.sums.values(), "covariances")
     return sink.result()
 
 

@@ -34,7 +34,8 @@ class Recorder:
         tracked: the modules to hook.
         deliver: called once per parameter and batch.
         refused: where given, collects parameters of modules without a per-document gradient instead of raising.
-        forward: there is no backward pass: factors have the inputs, and zeros for output gradients.
+        forward: there is no backward pass: factors have the inputs, and zeros for output gradients. They are made in
+            `finish`, a module's at a time: a convolution's unfolded patches are many times its input.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Recorder:
         self.refused = refused
         self.calls: dict[str, int] = defaultdict(int)
         self.found: dict[str, list[Factor]] = defaultdict(list)
+        self.waiting: list[tuple[Site, Tensor, Tensor]] = []
         self.documents = self.positions = 0
         self.unpack: Tensor | None = None
 
@@ -59,8 +61,7 @@ class Recorder:
         self.unpack = batch.unpack
         shape = batch.mask.shape if self.unpack is None else next(iter(batch.inputs.values())).shape
         self.documents, self.positions = int(shape[0]), int(shape[1])
-        self.calls.clear()
-        self.found.clear()
+        self.clear()
 
     def attach(self) -> list[Any]:
         """Register the hooks; the handles remove them."""
@@ -85,14 +86,14 @@ class Recorder:
             if output.shape[0] == 1 and self.documents > 1:
                 # position embeddings are computed once and added to every document: give each its own copy
                 output = output.expand(self.documents, *output.shape[1:])
+            for name in site.params.values():
+                self.calls[name] += 1
             if self.forward:
-                self._add(site, kept, output.new_zeros(()).expand_as(output))
+                self.waiting.append((site, kept, output.new_zeros(()).expand_as(output)))
                 return None
             if not output.requires_grad:
                 anchor = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
                 output = _Root.apply(output, anchor)  # type: ignore[assignment]
-            for name in site.params.values():
-                self.calls[name] += 1
             output.register_hook(lambda gradient: self._receive(site, kept, gradient))
             return output
 
@@ -111,7 +112,10 @@ class Recorder:
                 self.deliver(name, self.found.pop(name))
 
     def finish(self) -> None:
-        """Deliver what is still incomplete: one of a parameter's uses was not part of the loss."""
+        """Deliver what is still waiting, and what is incomplete: one of its uses was not part of the loss."""
+        for site, kept, gradient in self.waiting:  # inputs stay to the end: see below
+            self._receive(site, kept, gradient)
+        self.waiting.clear()
         pending = dict(self.found)  # kept alive to the end, so that a sink can tell which inputs are the very same
         self.found.clear()
         for name, factors in pending.items():
@@ -121,6 +125,7 @@ class Recorder:
         """Let go of the last batch, also after an error in the middle of it."""
         self.calls.clear()
         self.found.clear()
+        self.waiting.clear()
 
 
 def pick(x: Tensor, unpack: Tensor, positions: int) -> Tensor:

@@ -142,9 +142,9 @@ class Products(BaseSink):
     ``dots[q, n] = <query_q, dL_n>`` summed over parameters. Where ``norms``, ``squared[n] = |dL_n|^2`` too; where
     ``tokens``, ``by_token[n]`` is ``[q, t]`` and sums to ``dots[:, n]``.
 
-    Parameters for which every query is zero are left out of the pass (unless norms are wanted). Per parameter the
-    cheapest of three ways is taken: a low-rank query goes through both factors; one query (or token
-    scores) goes through one side; many queries against per-document gradients formed in one reused buffer.
+    Parameters for which every query is zero are left out of the pass (unless norms are wanted). Per parameter one of
+    three ways is taken, by the number of queries: a low-rank query goes through both factors; one query (or token
+    scores) goes through one side; several against per-document gradients formed in one reused buffer.
     """
 
     def __init__(

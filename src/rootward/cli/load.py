@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rootward.cli.config import config_text, parse_options, resolve
 from rootward.cli.output import Talk, clean, shown
-from rootward.cli.settings import Settings, SubjectSettings, TraceSettings
+from rootward.cli.settings import Settings, SubjectSettings
 from rootward.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def load_subject(settings: SubjectSettings, talk: Talk, retrain: str | None = No
         device=settings.device,
         dtype=settings.weights_dtype,
     )
-    if isinstance(settings, TraceSettings) and settings.skip_not_finite:
+    if settings.skip_not_finite:
         from rootward.capture.finite import without_not_finite
 
         subject = without_not_finite(subject, settings.token_budget, talk.progress)

@@ -43,6 +43,7 @@ class SubjectSettings(Settings):
     weights_dtype: Precision = "float32"
     limit: int | None = Field(None, ge=1)
     token_budget: int | None = Field(None, ge=1)
+    skip_not_finite: bool = False
 
 
 class TrainSettings(Settings):
@@ -82,7 +83,6 @@ class TraceSettings(SubjectSettings):
     hold_out: float | None = Field(None, ge=0, lt=1)
     split_seed: int = Field(0, ge=0)
     split_by: str | None = None
-    skip_not_finite: bool = False
     tokens: int = Field(40, ge=0)
     retrain: str | None = None
     report: bool = True

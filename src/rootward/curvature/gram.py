@@ -8,6 +8,9 @@ power -1; the same holds for the other powers):
 
 Without damping it is the pseudo-inverse, ``f(s) = s^(power - 1)``, and eigenvalues within rounding of 0 count as 0. A
 damping far below the eigenvalues costs digits: for power -1 the two terms cancel to ``lam / (s + lam)`` of their size.
+Where there are more rows than parameters the smaller ``R^T R / n = V S V^T [P, P]`` is decomposed, and the P rows
+``(n S)^1/2 V^T`` of the same second moment, whose Gram matrix is the diagonal S, are kept in place of R.
+
 Memory: the rows in float64. One row per document for the empirical Fisher matrix; one for each class of each document
 for the Gauss-Newton matrix, scaled by the root of the class's probability.
 """
@@ -23,8 +26,18 @@ from torch import Tensor
 from rootward.core.errors import InputError, LayoutMismatch, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.curvature.base import Damping, Gradients, check_gradients, check_power
-from rootward.curvature.dense import as_named, as_rows, negligible
+from rootward.curvature.dense import LARGEST, as_named, as_rows, negligible
 from rootward.curvature.kronecker import JITTERED, eigenbasis
+
+
+def require_small(name: str, rows: int, width: int) -> None:
+    """`InputError` where neither side of ``[rows, width]`` has a matrix small enough to be decomposed."""
+    if min(rows, width) > LARGEST:
+        raise InputError(
+            f"{name}: {rows:,} rows (documents x labels) of {width:,} entries: expected at most {LARGEST:,} of one of "
+            "them, as a matrix of the smaller side is decomposed; take fewer documents (`documents`) or parameters, or "
+            "solver 'cg'"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,8 @@ class GramCurvature:
         """From gradients as rows in the layout's order; ``documents`` is the number to divide by, m if not given.
 
         Raises:
-            LayoutMismatch: rows of another width. InputError: no rows. NumericalError: a row is not finite.
+            LayoutMismatch: rows of another width. InputError: no rows, or more than `LARGEST` rows and parameters.
+            NumericalError: a row is not finite.
         """
         if rows.dim() != 2 or rows.shape[1] != layout.size:
             raise LayoutMismatch(f"gram: expected rows [m, {layout.size}], got {tuple(rows.shape)}")
@@ -56,9 +70,14 @@ class GramCurvature:
         bad = (~torch.isfinite(rows).all(1)).nonzero().flatten()
         if len(bad):
             raise NumericalError(f"gram: the gradient of row {int(bad[0])} is not finite ({len(bad)} rows in all)")
+        require_small("gram", len(rows), layout.size)
         wide = rows.double()
-        values, vectors, jittered = eigenbasis(wide @ wide.T / documents)
+        tall = len(rows) > layout.size
+        values, vectors, jittered = eigenbasis((wide.T @ wide if tall else wide @ wide.T) / documents)
         values = torch.where(values <= negligible(values, len(rows)), 0.0, values)
+        if tall:
+            wide = (documents * values).sqrt().unsqueeze(1) * vectors.T
+            vectors = torch.eye(layout.size, dtype=wide.dtype, device=wide.device)
         notes = (JITTERED,) if jittered else ()
         return cls(layout, wide, documents, values, vectors, damping or Damping(), notes)
 

@@ -30,6 +30,7 @@ from rootward.core.errors import InputError, LayoutMismatch, NumericalError
 from rootward.core.layout import ParamLayout
 from rootward.curvature.base import Damping, Gradients, check_gradients, check_power, damped_power
 from rootward.curvature.dense import as_named, as_rows, negligible
+from rootward.curvature.gram import require_small
 from rootward.curvature.kronecker import JITTERED, eigenbasis
 from rootward.curvature.solvers import Eigenpairs
 
@@ -139,7 +140,8 @@ class LowRankCurvature:
         ``diag(G) - diag(V^T diag(s) V)``.
 
         Raises:
-            LayoutMismatch: rows of another width. InputError: no rows, or a rank below 1. NumericalError: not finite.
+            LayoutMismatch: rows of another width. InputError: no rows, a rank below 1, or a block with more than
+                `LARGEST` rows and entries. NumericalError: not finite.
         """
         if rows.dim() != 2 or rows.shape[1] != layout.size:
             raise LayoutMismatch(f"low rank: expected rows [m, {layout.size}], got {tuple(rows.shape)}")
@@ -147,6 +149,7 @@ class LowRankCurvature:
         if len(rows) == 0 or count < 1 or rank < 1:
             raise InputError(f"low rank: expected rows, documents and a rank, got {len(rows)}, {count} and {rank}")
         parts = [layout] if by == "whole" else [ParamLayout((n,), (layout.shape(n),)) for n in layout.names]
+        require_small("low rank", len(rows), max(part.size for part in parts))
         wide = rows.double() / count**0.5
         columns = [wide if by == "whole" else wide[:, layout.slices[part.names[0]]] for part in parts]
         blocks = [
@@ -239,9 +242,14 @@ class LowRankCurvature:
 def _block(layout: ParamLayout, factor: Tensor, rank: int, rest: float | Tensor) -> LowRankBlock:
     """Top pairs of ``rest + factor^T factor`` for ``factor[m, p]``; what they leave out is added to the rest.
 
-    The leading directions come from the Gram matrix. They are made orthonormal and the matrix is decomposed once more
-    within them, so that small eigenvalues do not suffer from the square root of the machine's precision.
+    With more rows than entries the matrix itself is decomposed. Else the leading directions come from the Gram matrix;
+    they are made orthonormal and the matrix is decomposed once more within them, so that small eigenvalues do not
+    suffer from the square root of the machine's precision.
     """
+    if len(factor) > layout.size:
+        values, vectors, jittered = eigenbasis(factor.T @ factor)
+        kept = slice(layout.size - min(rank, int((values > negligible(values, layout.size)).sum())), None)
+        return _with_rest(layout, factor, values[kept].flip(0), vectors[:, kept].flip(1).T, rest, jittered)
     values, vectors, first = eigenbasis(factor @ factor.T)
     keep = min(rank, len(values), layout.size)
     values, vectors = values.flip(0)[:keep], vectors.flip(1)[:, :keep]
@@ -251,7 +259,14 @@ def _block(layout: ParamLayout, factor: Tensor, rank: int, rest: float | Tensor)
         basis: Tensor = cast(Any, torch.linalg).qr(factor.T @ vectors)[0]
         values, turned, second = eigenbasis(basis.T @ (factor.T @ (factor @ basis)))
         values, rows = values.flip(0).clamp_min(0), (basis @ turned.flip(1)).T
-    notes = (JITTERED,) if first or second else ()
+    return _with_rest(layout, factor, values, rows, rest, first or second)
+
+
+def _with_rest(
+    layout: ParamLayout, factor: Tensor, values: Tensor, rows: Tensor, rest: float | Tensor, jittered: bool
+) -> LowRankBlock:
+    """The block of these pairs, with what they leave out of ``factor^T factor`` added to the rest."""
+    notes = (JITTERED,) if jittered else ()
     rounding = negligible(values, len(factor))
     if isinstance(rest, Tensor):
         left = factor.square().sum(0) - values @ rows.square()

@@ -2,6 +2,7 @@
 
 curvature.json          key fields (model, documents, config, ...), record of the fit, which side each block uses
 curvature.safetensors   ``vectors.<k>`` (sides that several blocks share are written once), ``eigenvalues.<name>``
+joint-<K>.safetensors   K entries taken jointly: ``entries.<name>``, ``eigenvalues``, ``vectors``; its key in the header
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save  # type: ignore[reportUnknownVariableType]
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from rootward.core.hashing import difference
 from rootward.core.layout import ParamLayout
 from rootward.core.records import whole_or_absent, write_text
 from rootward.curvature.base import Damping
+from rootward.curvature.joint import JointCurvature
 from rootward.curvature.kronecker import KroneckerBlock, KroneckerCurvature
 
 SCHEMA = 1
@@ -56,16 +58,50 @@ def save_curvature(
         "record": dict(record),
     }
     path = folder / "curvature.safetensors"
-    try:
+    with _writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "curvature.json").unlink(missing_ok=True)  # an older one must not stand beside new tensors
         with whole_or_absent(path) as temporary:
             temporary.write_bytes(save(tensors))
+    write_text(folder / "curvature.json", json.dumps(meta, indent=1))
+
+
+def save_joint(folder: Path, joint: JointCurvature, key: str) -> None:
+    """Write the entries that are taken jointly beside their base, which is saved by itself."""
+    tensors = {f"entries.{name}": places.cpu().contiguous() for name, places in joint.entries.items()}
+    tensors |= {"eigenvalues": joint.eigenvalues.cpu().contiguous(), "vectors": joint.vectors.cpu().contiguous()}
+    path = folder / f"joint-{len(joint.eigenvalues)}.safetensors"
+    text = {"key": key, "notes": json.dumps(joint.notes)}
+    with _writing(path), whole_or_absent(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata=text))
+
+
+def load_joint(folder: Path, base: KroneckerCurvature, key: str) -> JointCurvature | None:
+    """The joint entries that were saved under this key beside the base; None where there are none."""
+    for path in sorted(folder.glob("joint-*.safetensors")):
+        with _damage(folder):
+            text = _header(path)
+            if text.get("key") == key:
+                tensors: dict[str, Tensor] = load_file(path)
+                entries = {name: tensors[f"entries.{name}"] for name in base.layout.names}
+                notes = tuple(json.loads(text["notes"]))
+                return JointCurvature(base, entries, tensors["eigenvalues"], tensors["vectors"], notes)
+    return None
+
+
+def _header(path: Path) -> dict[str, str]:
+    with cast(Any, safe_open(path, "pt")) as handle:
+        return dict(handle.metadata() or {})
+
+
+@contextmanager
+def _writing(path: Path) -> Generator[None]:
+    try:
+        yield
     except OSError as error:
         raise StorageError(
             f"could not write {path}: {error.strerror or error}; free space and run the same command again"
         ) from error
-    write_text(folder / "curvature.json", json.dumps(meta, indent=1))
 
 
 def has_curvature(folder: Path) -> bool:

@@ -38,7 +38,11 @@ NO_RESPONSE = "the response has no tokens"
 
 @runtime_checkable
 class Objective(Protocol):
-    """What a subject is trained on. ``unit`` is that of `losses`; `describe` goes into fingerprints."""
+    """What a subject is trained on. ``unit`` is that of `losses`; `describe` goes into fingerprints.
+
+    An example's ``trained`` decides which targets count in the loss, never what the model is given: passes that look at
+    inputs alone ask for one target.
+    """
 
     unit: str
 

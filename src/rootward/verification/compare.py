@@ -125,7 +125,7 @@ def compare_scores(
         patched_at_random=None if patch is None else patch.control,
         planted_field=None if plan.planted is None else f"{plan.planted[0]}={plan.planted[1]}",
         plain_pass_seconds=plain,
-        retraining_seconds=truth.seconds + (0.0 if left is None else left.seconds),
+        retraining_seconds=truth.seconds + sum(more.seconds for more in (left, curves) if more is not None),
         notes=[*notes, *_notes(plan, methods, first)],
     )
     return comparison, {result.entry.name: result.scores for result in results}

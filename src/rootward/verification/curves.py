@@ -61,7 +61,8 @@ class Curves(Model):
     """All curves of one behaviour; the random control of equal size is among them.
 
     Intervals are t intervals over ``seeds``; with one seed there is none (``n`` is 1). ``total`` counts the usable
-    documents, ``full`` is the mean measurement after training on all of them, by seed.
+    documents, ``full`` is the mean measurement after training on all of them, by seed, ``seconds`` what all trainings
+    took.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -73,6 +74,7 @@ class Curves(Model):
     seeds: list[int]
     full: list[float]
     curves: list[Curve]
+    seconds: float = 0.0
 
     def of(self, method: str, end: End = "top") -> Curve:
         """One curve by name; `InputError` lists those there are."""
@@ -168,6 +170,7 @@ def removal_curves(
             beyond = interval(areas - control)
             curves.append(Curve(method=method, end=end, points=points, area=interval(areas), beyond_random=beyond))
     return Curves(
+        seconds=round(sum(result.seconds for result in results.values()), 3),
         behaviour=behaviour.name,
         unit=behaviour.unit,
         goal=behaviour.goal,

@@ -10,14 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from rootward.core.errors import NumericalError
+from rootward.core.scores import Scores
+from rootward.subject.behaviour import Behaviour
 from rootward.subject.objectives import Classification
 from rootward.subject.subject import Subject
 from tests.capture.test_hvp import naive_ggn, naive_hessian
 from tests.methods.attribution import supervised as s
-from tests.methods.contract import close, run
+from tests.methods.contract import close
+from tests.methods.contract import run as attributed
 
 ASKED = s.outputs(s.randn(4, 5, seed=9))
 NAME = "arnoldi"
+
+
+def run(subject: Subject, asked: Behaviour, name: str, **options: Any) -> Scores:
+    """With a row for each query, unless another is asked for."""
+    return attributed(subject, asked, name, **{"queries": "each", **options})
+
+
+def test_queries_are_averaged_unless_a_score_for_each_is_asked_for():
+    subject = s.classifier()
+    each, mean = run(subject, ASKED, NAME, iterations=40, top=4), attributed(subject, ASKED, NAME, iterations=40, top=4)
+    assert (len(each.queries), mean.queries) == (len(ASKED), ("mean",))
+    close(mean.values[0], each.mean, 1e-5)
 
 
 def matrix_of(subject: Subject, curvature: str) -> Tensor:

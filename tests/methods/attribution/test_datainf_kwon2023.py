@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,29 @@ from torch import Tensor
 
 from rootward.capture.inputs import tracked_of
 from rootward.core.errors import InputError, NumericalError
+from rootward.core.scores import Scores
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.objectives import Classification
 from rootward.subject.subject import Subject
 from tests.capture import worlds as w
 from tests.methods.attribution import supervised as s
-from tests.methods.contract import World, close, contrast, naive_gradients, naive_queries, run
+from tests.methods.contract import World, close, contrast, naive_gradients, naive_queries
+from tests.methods.contract import run as attributed
 
 ASKED = s.outputs(s.randn(4, 5, seed=9))
 NAME = "datainf"
+
+
+def run(subject: Subject, asked: Behaviour, name: str, **options: Any) -> Scores:
+    """With a row for each query, unless another is asked for."""
+    return attributed(subject, asked, name, **{"queries": "each", **options})
+
+
+def test_queries_are_averaged_unless_a_score_for_each_is_asked_for():
+    subject = s.classifier()
+    each, mean = run(subject, ASKED, NAME), attributed(subject, ASKED, NAME)
+    assert (len(each.queries), mean.queries) == (len(ASKED), ("mean",))
+    close(mean.values[0], each.mean, 1e-5)
 
 
 def slices(subject: Subject) -> list[slice]:

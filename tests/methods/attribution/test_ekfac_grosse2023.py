@@ -318,6 +318,34 @@ def test_a_folder_is_read_instead_of_fitting_again(world: World, tmp_path: Path)
         run(fewer, contrast(), "ekfac", folder=folder)
 
 
+def test_joint_entries_are_kept_beside_their_base(world: World, tmp_path: Path):
+    subject, folder = world.subject(), tmp_path / "curvature"
+    options = {"folder": str(folder), "joint": 5}
+
+    def scored(log: Log, **more: Any) -> Scores:
+        inputs = MethodInputs(subject, contrast(), 500, progress=log)
+        return attribute(subject, contrast(), "ekfac_joint", options={**options, **more}, inputs=inputs)
+
+    logs = [Log(), Log(), Log()]
+    first, second = scored(logs[0]), scored(logs[1], damping=3.0)
+    assert logs[0].passes == ["covariances", "eigenvalues", "joint entries", "queries", "documents"]
+    assert logs[1].passes == ["queries", "documents"]
+    own = {**options, "damping": 3.0, "folder": None}
+    close(second.values, run(subject, contrast(), "ekfac_joint", **own).values)
+    assert scored(Log()).values.tobytes() == first.values.tobytes()
+    scored(logs[2], joint=3)  # another number of entries of the same base
+    assert logs[2].passes == ["joint entries", "queries", "documents"]
+    (kept,) = folder.glob(f"joint-{len_of(first)}.safetensors")
+    kept.write_bytes(b"nonsense")
+    with pytest.raises(ArtefactError, match="damaged curvature"):
+        scored(Log())
+
+
+def len_of(scores: Scores) -> int:
+    """How many entries were taken jointly, as the notes say."""
+    return int(re.search(r"(\d+) entries of the eigenbasis jointly", scores.notes[0])[1])  # type: ignore[index]
+
+
 def test_a_fit_is_shared_by_what_is_run_with_the_same_inputs(world: World, tmp_path: Path):
     inputs = MethodInputs(world.subject(), contrast(), 500, progress=(log := Log()))
     attribute(inputs.subject, contrast(), "ekfac", inputs=inputs)

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from rootward.capture.inputs import MethodInputs, tracked_of
 from rootward.core.errors import InputError, NumericalError
 from rootward.core.registry import get
+from rootward.core.scores import Scores
 from rootward.curvature.dense import as_named, as_rows
 from rootward.curvature.solvers import mean_eigenvalue
 from rootward.methods.attribution.exact_influence_koh2017 import Config
+from rootward.subject.behaviour import Behaviour
 from rootward.subject.objectives import Classification
 from rootward.subject.subject import Subject
 from tests.capture.test_hvp import naive_ggn, naive_hessian
 from tests.methods.attribution import supervised as s
-from tests.methods.contract import World, close, contrast, run
+from tests.methods.contract import World, close, contrast
+from tests.methods.contract import run as attributed
 
 POINTS = s.randn(2, 3, seed=7)
 ASKED = s.outputs(s.randn(4, 5, seed=9))
@@ -32,6 +35,21 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "dense hessian": {"solver": "dense", "curvature": "hessian"},
     "dense fisher": {"solver": "dense", "curvature": "fisher"},
 }
+
+
+def run(subject: Subject, asked: Behaviour, name: str, **options: Any) -> Scores:
+    """With a row for each query, unless another is asked for."""
+    return attributed(subject, asked, name, **{"queries": "each", **options})
+
+
+def test_queries_are_averaged_unless_a_score_for_each_is_asked_for():
+    subject = s.classifier()
+    each, mean = (
+        run(subject, ASKED, NAME, solver="dense", damping=0.1),
+        attributed(subject, ASKED, NAME, solver="dense", damping=0.1),
+    )
+    assert (len(each.queries), mean.queries) == (len(ASKED), ("mean",))
+    close(mean.values[0], each.mean, 1e-5)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -175,7 +193,7 @@ def test_the_damping_may_be_relative_to_the_mean_eigenvalue():
 @pytest.mark.parametrize("solver", ["cg", "dense"])
 def test_the_curvature_may_be_that_of_some_documents(solver: str):
     subject = s.classifier()
-    few = run(subject, ASKED, NAME, damping=0.1, solver=solver, documents=2, tolerance=1e-10).values
+    few = run(subject, ASKED, NAME, damping=0.1, documents=2, **SOLVERS[solver]).values
     pairs = [(a, b) for a in range(6) for b in range(a)]
     names, lam = [n for n, _ in subject.model.named_parameters()], 0.1
     matches = []
@@ -223,6 +241,11 @@ def test_contradictions_and_too_large_models_are_refused_before_anything_is_run(
         run(subject, ASKED, NAME, curvature="hessian", solver="gram")
     with pytest.raises(InputError, match="solver = 'low_rank' is for"):
         run(subject, ASKED, NAME, curvature="hessian", solver="low_rank")
+    for solver, idle in (("dense", "rank"), ("cg", "depth"), ("low_rank", "steps"), ("gram", "scale")):
+        with pytest.raises(InputError, match=f"solver = '{solver}' does not read {idle} .*leave that out"):
+            run(subject, ASKED, NAME, solver=solver, **{idle: 7})
+    with pytest.raises(InputError, match=r"'lissa' does not read tolerance, rank \(read by cg, low_rank\)"):
+        run(subject, ASKED, NAME, solver="lissa", rank=2, tolerance=1e-3)
     for options in ({"solver": "dense"}, {"damping": 0.0}):
         with pytest.raises(InputError, match="preconditioner = 'ekfac' is for solver = 'cg' with a damping above 0"):
             run(subject, ASKED, NAME, preconditioner="ekfac", **options)

@@ -56,12 +56,22 @@ def test_projected_it_is_the_formula_of_projected_gradients(world: World, projec
     tracked = tracked_of(subject)
     names, tokens = tracked.layout.names, torch.tensor([e.targets for e in subject.encoded])
     dense = naive_gradients(subject, subject.encoded, names), naive_queries(subject, contrast(), names)
-    found = run(subject, contrast(), "trak", projection=projection, rank=2, dimension=30, seed=3, damping=0.5)
+    size = {"rank": 2} if projection == "kronecker" else {"dimension": 30}
+    found = run(subject, contrast(), "trak", projection=projection, seed=3, damping=0.5, **size)
     kronecker = Projection(tracked.layout, 2, 3)
     sketch = kronecker if projection == "kronecker" else Whole(tracked.layout, 30, projection, 3)
     rows = [sketch_dense(sketch, tracked.layout.unflatten(part)) for part in dense]
     products, doubt = naive(rows[0], rows[1], losses_of(subject), tokens, 0.5)
     close(found.values, products * doubt, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("projection", "idle"),
+    [("kronecker", "dimension"), ("gaussian", "rank"), ("sjlt", "rank"), ("none", "rank"), ("none", "seed")],
+)
+def test_options_that_a_projection_does_not_read_are_refused(projection: str, idle: str, world: World):
+    with pytest.raises(InputError, match=f"projection = '{projection}' does not read {idle}; leave that out"):
+        run(world.subject(), contrast(), "trak", projection=projection, **{idle: 8})
 
 
 def test_checkpoints_average_the_kernel_part_and_the_weights_apart(world: World):

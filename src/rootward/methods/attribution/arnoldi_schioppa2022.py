@@ -58,6 +58,9 @@ class Config(MethodConfig):
     top: int = Field(default=20, ge=1, description="eigenpairs kept, by magnitude")
     damping: float = Field(default=0.0, ge=0, description="added to the magnitude of the kept eigenvalues")
     documents: int | None = Field(default=None, ge=1, description="curvature of so many documents instead of all")
+    queries: Literal["mean", "each"] = Field(
+        default="mean", description="one score for the mean of the queries, or a score for each"
+    )
     seed: int = 0
 
 
@@ -105,10 +108,8 @@ def _projected(inputs: MethodInputs, pairs: Eigenpairs, damping: float, query: d
 
 @register(CARD, Config)
 def run(inputs: MethodInputs, config: Config) -> Scores:
-    """Scores of every usable document; a row for each query, or one for their mean where their gradients do not fit."""
-    query = inputs.query_gradients(inputs.tracked.layout, mean=not inputs.queries_fit)
+    """Scores of every usable document; one row for the mean of the queries, or one per query."""
+    query = inputs.query_gradients(inputs.tracked.layout, mean=config.queries == "mean")
     pairs, notes = _eigenpairs(inputs, config)
-    if not inputs.queries_fit:
-        notes.append(f"{inputs.queries_need}, more than half of what was free: their mean was taken")
     lifted = _projected(inputs, pairs, config.damping, query)
     return inputs.scored(CARD, -inputs.products(lifted, inputs.subject.encoded).dots, notes=notes)

@@ -22,13 +22,13 @@ Exact when: there is one document, or all gradients are alike up to sign. The in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from rootward.capture.inputs import MethodInputs
+from rootward.capture.inputs import MethodInputs, require_finite
 from rootward.capture.sinks import BaseSink, Products, WeightedSum
 from rootward.core.block import Block, Factor
 from rootward.core.layout import ParamLayout
@@ -53,6 +53,9 @@ class Config(MethodConfig):
 
     TUNED: ClassVar = Tuned("damping", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0))
     damping: float = Field(default=0.1, gt=0, description="over the mean squared gradient per entry, by parameter")
+    queries: Literal["mean", "each"] = Field(
+        default="mean", description="one score for the mean of the queries, or a score for each"
+    )
 
 
 def _alone(layout: ParamLayout, name: str) -> ParamLayout:
@@ -89,6 +92,8 @@ def _preconditioned(
     layout, count = inputs.tracked.layout, len(inputs.subject.encoded)
     first = _Apart(layout, query, count)
     inputs.feed([first], inputs.subject.encoded, "norms and products")
+    found = [torch.stack([sink.squared, *sink.dots]) for sink in first.each.values() if sink.squared is not None]
+    require_finite(torch.cat(found).T, inputs.subject.encoded, "gradients")  # before one is taken for no gradient
     lams: dict[str, float] = {}
     sums: dict[str, WeightedSum] = {}
     for name, sink in first.each.items():
@@ -113,9 +118,7 @@ def _preconditioned(
 
 @register(CARD, Config)
 def run(inputs: MethodInputs, config: Config) -> Scores:
-    """Scores of every usable document; a row for each query, or one for their mean where their gradients do not fit."""
-    query = inputs.query_gradients(inputs.tracked.layout, mean=not inputs.queries_fit)
+    """Scores of every usable document; one row for the mean of the queries, or one per query."""
+    query = inputs.query_gradients(inputs.tracked.layout, mean=config.queries == "mean")
     solved, notes = _preconditioned(inputs, query, config.damping)
-    if not inputs.queries_fit:
-        notes.append(f"{inputs.queries_need}, more than half of what was free: their mean was taken")
     return inputs.scored(CARD, -inputs.products(solved, inputs.subject.encoded).dots, notes=notes)

@@ -11,7 +11,8 @@ document raises the measurement; removing it changes the measurement by about ``
 
 The queries are preconditioned, not the documents, and the mean of a behaviour's queries is taken before that unless a
 score for each is asked for. Factors come from a sample of the documents that is as large as it needs to be, which the
-notes state, eigenvalues from other documents than the eigenbases as far as there are others; labels are sampled from the model, or all taken with their probabilities where outputs are few.
+notes state, eigenvalues from other documents than the eigenbases as far as there are others; labels are sampled from
+the model, or all taken with their probabilities where outputs are few.
 
 Deviations: their damping is 0.1 times the mean eigenvalue of each block, as here; their queries are low-rank by
 option (rank 32), as here; they use the linear layers of MLPs only, here what the subject's ``parameters`` say. A bias
@@ -116,10 +117,11 @@ def _fitted(inputs: MethodInputs, config: Config, checkpoint: int | None) -> tup
     if config.curvature == "adam":
         return _optimisers(inputs, config, checkpoint)
     fit = config.fit_config(config.curvature)
-    found = fitted(inputs, fit, _damping(inputs, config), kept_in(config.folder, checkpoint))
+    folder = kept_in(config.folder, checkpoint)
+    found = fitted(inputs, fit, _damping(inputs, config), folder)
     if not config.joint:
         return found.curvature, found.record.note
-    joint = joined(inputs, fit, found, config.joint)
+    joint = joined(inputs, fit, found, config.joint, folder)
     note = f"{found.record.note}; {len(joint.eigenvalues)} entries of the eigenbasis jointly"
     return joint, "; ".join((note, *joint.notes))
 

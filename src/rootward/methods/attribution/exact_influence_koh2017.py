@@ -6,8 +6,8 @@ Upweighting document n by eps moves the minimiser of the mean loss by ``-eps (H 
     score[q, n] = - <grad m_q, (G + lam I)^-1 grad L_n>
 
 (their equation 2 for any measurement). Positive = training more on the document raises the measurement. Removing the
-document changes it by about ``-score / number of documents``. ``s = (G + lam I)^-1 grad m_q`` is solved for each
-query and multiplied with every document's gradient in one pass. Solvers:
+document changes it by about ``-score / number of documents``. ``s = (G + lam I)^-1 grad m`` is solved for the mean of
+the queries, or for each, and multiplied with every document's gradient in one pass. Solvers:
 
     cg      conjugate gradients on products with G; its residual is in the notes. ``preconditioner = "ekfac"`` fits
             EK-FAC, damps it alike, and takes other steps to the same solution: fewer where inputs differ much in scale
@@ -55,7 +55,8 @@ CARD = Card(
     paper="Understanding Black-box Predictions via Influence Functions",
     reference="arXiv:1703.04730",
     needs=("gradients",),
-    cost="cg: 1 + steps x (2 + queries) passes over the documents; 1 forward+backward per document for the scores",
+    cost="cg: 1 + steps x (2 + queries) passes over the documents, lissa: depth x repeats of a batch; dense, gram, "
+    "low_rank: every document's gradient at once in memory; 1 forward+backward per document for the scores",
     unit="measurement per unit of loss weight",
     aliases=("exact_influence", "influence_function", "if_cg"),
 )
@@ -63,6 +64,11 @@ POWER_STEPS = 20
 """Krylov steps that LiSSA's scale is estimated with."""
 HEADROOM = 1.5
 """Scale over the largest eigenvalue: matrices of few documents have larger ones."""
+READ_BY = {
+    "tolerance": "cg", "steps": "cg", "rank": "low_rank",
+    "scale": "lissa", "depth": "lissa", "repeats": "lissa", "batch": "lissa",
+}  # fmt: skip
+"""Options that one solver alone reads."""
 
 
 class Config(MethodConfig):
@@ -82,10 +88,19 @@ class Config(MethodConfig):
     depth: int = Field(default=10_000, ge=1, description="lissa: terms of the series")
     repeats: int = Field(default=1, ge=1, description="lissa: series averaged")
     batch: int = Field(default=32, ge=1, description="lissa: documents drawn in each step")
+    queries: Literal["mean", "each"] = Field(
+        default="mean", description="one score for the mean of the queries, or a score for each"
+    )
     seed: int = 0
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        idle = [n for n, solver in READ_BY.items() if n in self.model_fields_set and solver != self.solver]
+        if idle:
+            readers = ", ".join(sorted({READ_BY[name] for name in idle}))
+            raise ValueError(
+                f"solver = {self.solver!r} does not read {', '.join(idle)} (read by {readers}); leave that out"
+            )
         if self.curvature == "fisher" and self.solver in ("cg", "lissa"):
             raise ValueError(
                 "curvature = 'fisher' is for solver = 'dense', 'gram' or 'low_rank'; 'ggn' is the same matrix without "
@@ -183,9 +198,7 @@ def token_scores(inputs: MethodInputs, config: Config, positions: Sequence[int])
 
 @register(CARD, Config, tokens=token_scores)
 def run(inputs: MethodInputs, config: Config) -> Scores:
-    """Scores of every usable document; a row for each query, or one for their mean where their gradients do not fit."""
-    solved, notes = _solved(inputs, config, mean=not inputs.queries_fit)
-    if not inputs.queries_fit:
-        notes.append(f"{inputs.queries_need}, more than half of what was free: their mean was taken")
+    """Scores of every usable document; one row for the mean of the queries, or one per query."""
+    solved, notes = _solved(inputs, config, mean=config.queries == "mean")
     dots = inputs.products(solved, inputs.subject.encoded).dots
     return inputs.scored(CARD, -dots, notes=notes)

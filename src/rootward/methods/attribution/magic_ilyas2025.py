@@ -34,7 +34,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rootward.capture.inputs import MethodInputs
+from rootward.capture.inputs import START, MethodInputs
 from rootward.core.errors import ArtefactError, InputError
 from rootward.core.layout import ParamLayout
 from rootward.core.registry import Card, MethodConfig, register
@@ -120,7 +120,11 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
     averaged = config.queries == "mean" or (config.queries == "auto" and not inputs.queries_fit)
     gradients = inputs.plain_gradients(layout, mean=averaged)
     trajectory = replay(model, subject.encoded, subject.objective, recipe, every=config.every, progress=inputs.progress)
-    notes = _check_end(inputs, start, _values(model, layout.names, subject.device))
+    end = _values(model, layout.names, subject.device)
+    if not all(bool(torch.isfinite(value).all()) for value in end.values()):
+        with inputs.holding(START):
+            inputs.require_finite_sums(end.values(), "magic: the weights of the replayed training")
+    notes = _check_end(inputs, start, end)
     if config.queries == "auto" and averaged:
         notes = (*notes, f"{inputs.queries_need}, more than half of what was free: their mean was taken")
     derivatives = trajectory.metagradients(gradients, inputs.progress)

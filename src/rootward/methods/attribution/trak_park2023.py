@@ -26,10 +26,10 @@ which they leave out of the kernel, is the same for all documents. The oracle te
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rootward.capture.inputs import MethodInputs
@@ -68,6 +68,16 @@ class Config(MethodConfig):
     checkpoints: Literal["final", "all"] = "final"
     seed: int = Field(default=0, ge=0)
     source: Literal["pass", "index"] = "pass"
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.source == "index":  # which has its own projection: see `_stored`
+            return self
+        read = {"kronecker": {"rank", "seed"}, "none": set[str]()}.get(self.projection, {"dimension", "seed"})
+        idle = sorted(({"rank", "dimension", "seed"} - read) & self.model_fields_set)
+        if idle:
+            raise ValueError(f"projection = {self.projection!r} does not read {', '.join(idle)}; leave that out")
+        return self
 
 
 def _sketch(inputs: MethodInputs, config: Config) -> Sketch:

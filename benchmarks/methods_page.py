@@ -38,9 +38,19 @@ INTRO = """\
 What ranks documents, with its paper, its price and how well it predicts retraining. **LDS** (linear datamodeling score)
 is the rank correlation of a method's scores, summed over random subsets of the documents, with what training on those
 subsets gave: 1 is perfect, 0 is chance. **Passes** is the time taken over that of one plain forward and backward pass
-over the same documents, on both models in the order of the columns. Both depend on the model: `rootward compare`
-measures them on yours. Terms: [glossary](glossary.md).
+over the same documents, on both models in the order of the columns, for scores of each of about a hundred queries by
+itself, on models whose plain pass takes milliseconds: for 16 queries on a larger one EK-FAC takes 2.05 passes
+(`benchmarks/run.py ekfac_speed`). Both depend on the model: `rootward compare` measures them on yours.
+Terms: [glossary](glossary.md).
 """
+GUIDE = {
+    "checkpoints of the training": ("ekfac_checkpoints", "tracin_cp"),
+    "the final weights alone": ("ekfac", "gradient_cosine"),
+    "the final weights of a training by SGD": ("ekfac_joint", "ekfac"),
+    "a run that can be repeated exactly, and few queries": ("magic",),
+    "no time for gradients": ("bm25", "representation_cosine"),
+}
+"""What somebody has -> what to begin with, the best first and then the cheaper one."""
 
 Results = Mapping[str, Mapping[str, Any]]
 """Benchmark -> its document."""
@@ -131,7 +141,7 @@ def results(folder: Path) -> dict[str, Mapping[str, Any]]:
 def page(found: Results) -> str:
     """The whole page."""
     methods = registry.methods()
-    parts = [INTRO]
+    parts = [INTRO, guide(found)]
     for question in sorted({method.card.question for method in methods}):
         own = [method for method in methods if method.card.question == question]
         own.sort(key=lambda method: (method.card.baseline, method.card.key))
@@ -140,6 +150,28 @@ def page(found: Results) -> str:
     parts += [benchmark(name, found.get(name)) for name in BENCHMARKS]
     parts.append(peers(found))
     return "\n".join(parts)
+
+
+def guide(found: Results) -> str:
+    """Where to begin, with what was measured beside it."""
+    lines = ["Where to begin; two small models are all that stands behind it:", ""]
+    lines += heading(["what you have", "begin with", *(f"LDS, {words}" for words in BENCHMARKS.values())])
+    for have, names in GUIDE.items():
+        every = [line for name in names for line in lines_with(name, found)]
+        cells = [" / ".join(line.lds(found, bench) for line in every) for bench in BENCHMARKS]
+        lines.append(cells_text([have, " / ".join(f"`{name}`" for name in names), *cells]))
+    lines += [
+        "",
+        "Then let `rootward compare` say which of them holds on a replica of yours (it tunes `ekfac_joint`'s ",
+    ]
+    lines[-1] += "damping, which that one needs), and `rootward verify` whether the answer is true."
+    return "\n".join(lines) + "\n"
+
+
+def lines_with(name: str, found: Results) -> list[Line]:
+    """The line of a method or preset by name."""
+    own, presets, _ = lines_of(registry.get(name)[0].card, found)
+    return [line for line in (own, *presets) if name in line.names][:1]
 
 
 def lines_of(card: Card, found: Results) -> tuple[Line, list[Line], list[Line]]:
@@ -213,7 +245,7 @@ def benchmark(name: str, result: Mapping[str, Any] | None) -> str:
     said = (
         f"{flat(world)}. {result['queries']} queries; {result['subsets']} random subsets, each trained with "
         f"{result['seeds']} seeds; settings were chosen on {result['tuning_queries']} other queries and "
-        f"{result['tuning_subsets']} other subsets. "
+        f"{result['tuning_subsets']} other subsets. A plain pass takes {1e3 * result['plain_pass_seconds']:.3g} ms. "
     )
     if result["noise_ceiling"] is not None:
         said += f"Noise ceiling {interval(result['noise_ceiling'])}. "

@@ -160,12 +160,11 @@ def guide(found: Results) -> str:
         every = [line for name in names for line in lines_with(name, found)]
         cells = [" / ".join(line.lds(found, bench) for line in every) for bench in BENCHMARKS]
         lines.append(cells_text([have, " / ".join(f"`{name}`" for name in names), *cells]))
-    lines += [
-        "",
-        "Then let `rootward compare` say which of them holds on a replica of yours (it tunes `ekfac_joint`'s ",
-    ]
-    lines[-1] += "damping, which that one needs), and `rootward verify` whether the answer is true."
-    return "\n".join(lines) + "\n"
+    last = (
+        "Then let `rootward compare` say which of them holds on a replica of yours (it tunes `ekfac_joint`'s damping, "
+        "which that one needs), and `rootward verify` whether the answer is true."
+    )
+    return "\n".join([*lines, "", last]) + "\n"
 
 
 def lines_with(name: str, found: Results) -> list[Line]:

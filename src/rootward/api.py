@@ -28,11 +28,13 @@ from rootward.core.records import Comparison, Cost, Interval, MethodResult, Trac
 from rootward.core.runfolder import RunFolder, open_run
 from rootward.core.scorefile import read_scores, score_parts, write_scores
 from rootward.core.scores import Scores
+from rootward.subject.arguments import check_asked, check_options, check_several
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.subject import Subject
 from rootward.verification.compare_plan import ComparisonPlan, plan_comparison
 from rootward.verification.jobs import known_versions
 from rootward.verification.stats import auroc, precision_at, spearman
+from rootward.verification.words import final_weights_notes
 
 BASELINES = ("bm25", "representation_cosine", "document_length", "loss", "random")
 """Beside every attribution, whatever was asked for."""
@@ -78,13 +80,15 @@ def attribute(
             another model, data or settings.
     """
     chosen, preset = registry.get(method)
-    config = chosen.configure({**preset, **(options or {})})
+    check_options(options)
+    config = chosen.configure({**preset, **(options or {})}, method)
     if inputs is not None and skip_not_finite:
         raise InputError(
             "skip_not_finite: `inputs` hold their own documents; make them of "
             "capture.finite.without_not_finite(subject), or leave one of the two away"
         )
     if inputs is None:
+        check_asked(subject, behaviour)
         store = GradientStore(index) if isinstance(index, str | Path) else index
         subject = without_not_finite(subject, token_budget, progress) if skip_not_finite else subject
         inputs = MethodInputs(subject, behaviour, token_budget, store, progress)
@@ -131,7 +135,8 @@ def trace(
     Raises:
         InputError: what is asked for cannot be. ArtefactError: the folder holds another run; the difference is shown.
     """
-    plan = _planned(subject, behaviour, methods, options or {})
+    check_several(subject, behaviour, methods or (), options)
+    plan = _planned(subject, behaviour, methods or (), options or {})
     subject = without_not_finite(subject, token_budget, progress) if skip_not_finite else subject
     truth = _truth(subject, planted)
     store = GradientStore(index) if index is not None else None
@@ -180,7 +185,7 @@ def _planned(
     if unused:
         raise InputError(f"options: {', '.join(unused)} not among the methods of this trace: {', '.join(names)}")
     resolved = {name: registry.get(name) for name in names}
-    configs = {n: m.configure({**preset, **options.get(n, {})}) for n, (m, preset) in resolved.items()}
+    configs = {n: m.configure({**preset, **options.get(n, {})}, n) for n, (m, preset) in resolved.items()}
     without = [] if has_text(subject) or "bm25" in asked or behaviour.kind == "scalar" else ["bm25"]
     missing = tuple(f"the baseline {name} is missing: the documents have no text" for name in without)
     return _Plan(asked, {n: m for n, (m, _) in resolved.items()}, configs, options, missing)
@@ -223,6 +228,7 @@ def _attributed(inputs: MethodInputs, plan: _Plan, run: RunFolder) -> dict[str, 
     for name in plan.methods:
         options = plan.options.get(name)
         try:
+            forget_peak()
             scores[name] = attribute(inputs.subject, inputs.behaviour, name, options=options, inputs=inputs)
         except (InputError, ArtefactError, DependencyError) as error:
             if name in plan.asked:
@@ -255,6 +261,7 @@ def _record(
         methods=_against_baselines(results),
         queries=behaviour.records(behaviour.evaluate(subject.model, subject.objective)),
         tokens=token_records(inputs, plan.methods[main], plan.configs[main], scores[main], token_documents),
+        notes=final_weights_notes(subject, {name: (plan.methods[name], plan.configs[name]) for name in plan.asked}),
     )
 
 
@@ -399,6 +406,7 @@ def compare(
             leave_out=leave_out, tail_patch=tail_patch, planted=planted, allow_few=allow_few, split_seed=split_seed,
         )  # fmt: skip
 
+    check_several(subject, behaviour, methods, options)
     plan = planned(subject)
     if skip_not_finite:  # after what can be refused without a pass
         subject = without_not_finite(subject, token_budget, progress)

@@ -14,6 +14,7 @@ from rootward.capture.fitparts import Parts
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.joint import fit_joint
 from rootward.capture.rescaling import Scale
+from rootward.core.errors import InputError
 from rootward.core.hashing import digest_json
 from rootward.core.registry import MethodConfig
 from rootward.curvature.base import Damping
@@ -38,7 +39,7 @@ class FitOptions(MethodConfig):
     fit_documents: int | None = Field(default=None, ge=1, description="by default as many as fit_agreement needs")
     fit_covariance_documents: int | None = Field(default=None, ge=1, description="by default by tokens per width")
     fit_agreement: float = Field(default=0.98, gt=0, lt=1, description="with scores from an endless sample")
-    fit_seed: int = Field(default=0, ge=0)
+    fit_seed: int = Field(default=0, ge=0, description="of the sampled labels and documents")
     fit_bf16: Literal["auto", "never"] = Field(
         default="auto", description="auto: wide products of the fit in bfloat16 where the processor has it"
     )
@@ -95,9 +96,11 @@ def fitted(
         scales: rescale gradients first.
 
     Raises:
-        ArtefactError: the folder holds a curvature of another model, other documents or settings.
+        InputError: the folder is a file. ArtefactError: it holds a curvature of another model, other documents or settings.
         NumericalError: a loss or covariance that is not finite.
     """
+    if folder is not None:
+        _check_folder(folder)
     key = curvature_key(inputs, config, scales)
     identity = digest_json(key)
     kept = folder is not None and has_curvature(folder)
@@ -117,6 +120,13 @@ def fitted(
         Parts(folder, identity).clear()
     inputs.fits[identity] = found
     return replace(found, curvature=found.curvature.damped(damping))
+
+
+def _check_folder(folder: Path) -> None:
+    """`InputError` where the folder, or what it is to lie in, is a file: before the fit, not after its first part."""
+    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if there is not None and not there.is_dir():
+        raise InputError(f"folder: expected a folder, got a file {there}; give a folder, which is made if need be")
 
 
 def joined(

@@ -119,7 +119,8 @@ def _compute(
     talk: Talk,
 ) -> bool:
     """Make the run; False where the folder holds it, whole, already."""
-    from rootward.api import compare, peak_memory_mb
+    from rootward.api import compare
+    from rootward.core.memory import highest_memory_mb
     from rootward.core.records import Cost, RunRecord, read_model
     from rootward.core.runfolder import open_run, run_key
 
@@ -147,7 +148,7 @@ def _compute(
         )
         disk = sum(path.stat().st_size for path in settings.out.rglob("*") if path.is_file()) / 1e6
         seconds = sum(folder.record.timings.values())
-        folder.done(cost=Cost(seconds=seconds, peak_memory_mb=peak_memory_mb(), disk_mb=disk))
+        folder.done(cost=Cost(seconds=seconds, peak_memory_mb=highest_memory_mb(), disk_mb=disk))
     return True
 
 
@@ -274,6 +275,8 @@ def single(found: Comparison, talk: Talk) -> None:
             for one in found.methods
         ]
         talk.table(columns, rows)
+        if found.patched_lr is not None:
+            talk.say(f"One step: {found.patched_optimiser}, learning rate {found.patched_lr:g}, from the final model.")
 
 
 def tuning(found: Comparison, talk: Talk) -> None:

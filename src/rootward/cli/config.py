@@ -7,7 +7,6 @@ Paths in it are relative to the file. Keys that no command knows are refused.
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 import types
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 from rootward.cli.settings import COMMANDS, Settings
 from rootward.cli.toml import dumps
 from rootward.core.errors import InputError
+from rootward.core.expected import nearest
 from rootward.core.records import write_text
 
 S = TypeVar("S", bound=Settings)
@@ -103,12 +103,6 @@ def path_keys(kind: type[Settings]) -> list[str]:
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if union else (annotation,)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean ...?`` with the known name that is spelt most alike, or nothing."""
-    found = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -289,7 +289,7 @@ def methods(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> int:
-    """List the methods, or find one by a word, a paper's title or its number."""
+    """List the methods, show one with all its options, or find some by a word, a paper's title or its number."""
     given = locals()
 
     def work(talk: Any) -> int:

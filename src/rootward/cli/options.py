@@ -13,7 +13,7 @@ Config = Annotated[
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config as TOML and stop.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print time, memory and disk needed; write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress or notes: only the result and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 Model = Annotated[
@@ -180,4 +180,4 @@ Heldout = Annotated[
 ReportRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 ReportOut = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Default: RUN/report.html.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look.")]
-Words = Annotated[list[str] | None, typer.Argument(metavar="[find WORDS]", help="Search names, papers and titles.")]
+Words = Annotated[list[str] | None, typer.Argument(metavar="[NAME | find WORDS]", help="One method with its options, or a search.")]

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rootward.cli import estimate
-from rootward.cli.config import key_config, nearest, write_config
+from rootward.cli.config import key_config, write_config
 from rootward.cli.load import check_folder, load_subject, print_config, settings_of
 from rootward.cli.output import Talk, shown, snippet
 from rootward.cli.settings import CompareSettings, TraceSettings
 from rootward.core.errors import ArtefactError, InputError
+from rootward.core.expected import nearest
 
 if TYPE_CHECKING:
     from rootward.subject.behaviour import Behaviour
@@ -89,7 +90,7 @@ def check_methods(settings: TraceSettings, behaviour: Behaviour) -> tuple[TraceS
                     f"--option {name}.{key}: unknown option of method {name}{nearest(key, known)}\n"
                     f"options: {', '.join(known) or 'none'}"
                 )
-        config = method.configure({**preset, **options.get(name, {})})
+        config = method.configure({**preset, **options.get(name, {})}, name)
         checkpoints = getattr(config, "checkpoints", "final")
         if settings.index is not None and "source" in known and checkpoints == "final":
             options.setdefault(name, {}).setdefault("source", "index")
@@ -153,7 +154,8 @@ def run_inputs(subject: Subject, behaviour: Behaviour, index: Path | None) -> di
 
 def _compute(settings: TraceSettings, subject: Subject, behaviour: Behaviour, overwrite: bool, talk: Talk) -> bool:
     """Make the run; False where the folder holds it, whole, already."""
-    from rootward.api import peak_memory_mb, trace
+    from rootward.api import trace
+    from rootward.core.memory import highest_memory_mb
     from rootward.core.records import Cost, RunRecord, read_model
     from rootward.core.runfolder import open_run, run_key
 
@@ -187,7 +189,8 @@ def _compute(settings: TraceSettings, subject: Subject, behaviour: Behaviour, ov
         seconds = sum(folder.record.timings.values())
         disk = sum(path.stat().st_size for path in settings.out.iterdir() if path.is_file()) / 1e6
         main = next(m for m in result.methods if m.method == result.main_method)
-        folder.done(cost=Cost(seconds=seconds, peak_memory_mb=peak_memory_mb(), disk_mb=disk, ratio=main.cost.ratio))
+        peak = highest_memory_mb()
+        folder.done(cost=Cost(seconds=seconds, peak_memory_mb=peak, disk_mb=disk, ratio=main.cost.ratio))
     return True
 
 

@@ -69,7 +69,8 @@ class Interval(Model):
 class Cost(Model):
     """What a result cost; ``ratio`` is to one plain forward+backward pass over the same documents, if measured.
 
-    ``peak_memory_mb`` is the peak of the process so far: a later method's holds those of all that ran before it.
+    ``peak_memory_mb`` is the whole process's peak: of a method in a trace or a comparison while it ran (on a system that
+    cannot forget a peak, and of any other result: so far).
     """
 
     seconds: float
@@ -129,7 +130,10 @@ class Query(Model):
 
 
 class Trace(Model):
-    """A behaviour, the methods that traced it, and what a page shows of them."""
+    """A behaviour, the methods that traced it, and what a page shows of them.
+
+    ``notes``: what has to be said beside the main method's ranking.
+    """
 
     schema_version: int = SCHEMA_VERSION
     behaviour: str
@@ -142,6 +146,7 @@ class Trace(Model):
     queries: list[Query]
     tokens: list[TokenScores] = Field(default_factory=list[TokenScores])
     planted_field: str | None = None
+    notes: list[str] = Field(default_factory=list[str])
 
 
 class Arm(Model):
@@ -247,8 +252,8 @@ class Comparison(Model):
 
     ``left_out`` are the ids of the documents that were left out one by one, the first ``left_out_at_random`` of them
     drawn at random, the others from both ends of the rankings; ``loo_ceiling`` is the most that scores can reach there.
-    ``patched_documents`` is the number of a query's top documents that one step was taken on, ``patched_at_random``
-    the mean change after a step on as many random ones.
+    ``patched_documents`` is the number of a query's top documents that one step of ``patched_optimiser`` at the learning
+    rate ``patched_lr`` was taken on, ``patched_at_random`` the mean change after a step on as many random ones.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -278,6 +283,8 @@ class Comparison(Model):
     loo_ceiling: Interval | None = None
     patched_documents: int | None = None
     patched_at_random: Interval | None = None
+    patched_optimiser: str | None = None
+    patched_lr: float | None = None
     planted_field: str | None = None
     plain_pass_seconds: float | None = None
     retraining_seconds: float

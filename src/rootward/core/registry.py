@@ -8,7 +8,7 @@ the entry-point group ``rootward.methods`` (name ``theirpackage/method``).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rootward.core.errors import DependencyError, InputError
+from rootward.core.expected import nearest, problems, shown
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,12 @@ class Method:
     run: Callable[..., Any]
     tokens: Callable[..., Any] | None = None
 
-    def configure(self, options: dict[str, Any]) -> MethodConfig:
-        """Checked config; an unknown or wrong option is an `InputError` that lists the options there are."""
+    def configure(self, options: Mapping[str, Any], name: str | None = None) -> MethodConfig:
+        """Checked config; an `InputError` says what an option takes and what came, under the ``name`` asked for."""
         try:
-            return self.config(**options)
+            return self.config.model_validate(dict(options))
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-            known = ", ".join(self.config.model_fields) or "none"
-            raise InputError(f"method {self.card.key}: {problems} (options: {known})") from error
+            raise InputError(f"{name or self.card.key}: {problems(self.config, error, options)}") from error
 
 
 _registered: dict[str, Method] = {}
@@ -141,7 +140,7 @@ def load(key: str) -> Method:
     """
     if key not in _registered:
         if key not in _modules():
-            raise InputError(f"method: expected one of {', '.join(_modules())}; got {key!r}")
+            raise _unknown(key, _modules())
         module = _modules()[key]
         try:
             importlib.import_module(module)
@@ -174,7 +173,12 @@ def missing() -> dict[str, str]:
 
 
 def get(name: str) -> tuple[Method, dict[str, Any]]:
-    """The method with this key, alias or preset, and the preset's options; the error lists the names there are."""
+    """The method with this key, alias or preset, and the preset's options; the error has the nearest names."""
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        several = "; rw.trace and rw.compare take several" if isinstance(name, list | tuple) else ""
+        raise InputError(
+            f"method: expected one name, such as 'ekfac', got {shown(name)}{several}; see `rootward methods`"
+        )
     if name in _modules():
         return load(name), {}
     for method in methods():
@@ -183,9 +187,13 @@ def get(name: str) -> tuple[Method, dict[str, Any]]:
         for preset, options in method.card.presets.items():
             if name.lower() == preset.lower():
                 return method, dict(options)
-    names = ", ".join(other for m in methods() for other in m.card.names)
     absent = "".join(f"\nnot installed: {text}" for text in missing().values())
-    raise InputError(f"method: expected one of {names}; got {name!r}{absent}")
+    raise _unknown(name, (other for m in methods() for other in m.card.names), absent)
+
+
+def _unknown(name: str, known: Iterable[str], more: str = "") -> InputError:
+    near = nearest(name, known, 3)
+    return InputError(f"method: expected a name from `rootward methods`, got {name!r}{near}{more}")
 
 
 def find(words: str) -> list[Method]:

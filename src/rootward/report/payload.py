@@ -14,7 +14,7 @@ from rootward.core.records import TokenScores, Verdict, now
 from rootward.report.folder import Document, Folder
 from rootward.report.numbers import count, mean_interval, significant
 from rootward.report.sample import Sample, choose, is_planted, ranking
-from rootward.report.summary import badge, baseline_as_good
+from rootward.report.summary import badge, reserve
 
 DATA_BYTES = 4_800_000
 """What the data may take, so that the whole page stays below 5 MB."""
@@ -91,7 +91,6 @@ def _data(folder: Folder, sample: Sample, fit: Fit) -> dict[str, Any]:
         limits.append(
             f"Scores for single queries are on the page for {kept}, to keep it small; scores.parquet holds all."
         )
-    as_good = baseline_as_good(trace) if trace else None
     return {
         "version": 1,
         "generated": now(),
@@ -100,11 +99,12 @@ def _data(folder: Folder, sample: Sample, fit: Fit) -> dict[str, Any]:
         "trace": trace.model_dump(mode="json", exclude={"tokens"}) if trace else None,
         "verdict": _verdict(verdict) if verdict else None,
         "comparison": folder.comparison.model_dump(mode="json") if folder.comparison else None,
-        "baseline_as_good": as_good.method if as_good else None,
+        "reserve": reserve(trace) if trace else None,
         "limits": limits,
         "documents": _documents(rows, folder, sample, fit),
         "scores": [_scores(folder, method, ids) for method in methods],
         "queries": _queries(folder, methods, ids, fit),
+        "queries_kept": fit.queries,
         "tokens": heatmaps,
     }
 

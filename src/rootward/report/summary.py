@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rootward.core.records import Arm, Comparison, Interval, MethodResult, RunRecord, Trace, Verdict
 from rootward.report.numbers import count, duration, is_share, mean_interval, number, quantity
 
-Badge = Literal["verified by retraining", "measured by retraining", "estimated", "not confirmed", "cannot tell"]
+Badge = Literal[
+    "verified by retraining", "measured by retraining", "estimated", "not confirmed", "cannot tell", "too few to decide"
+]
+FAR = 0.2
+"""A baseline whose AUROC is higher by this much does "far better"."""
+LOW = 0.25
+"""Below this AUROC the planted documents are "at the bottom"."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,16 @@ def story(
 ) -> list[Part]:
     """The three parts that stand at the top of the page; of a run without a trace they are about its comparison."""
     if trace is None and comparison is not None:
-        return [_compared(comparison), _best(comparison), _price(comparison)]
+        return [_compared(comparison), _best(comparison), _price(comparison, record)]
     return [_asked(record, trace), _found(record, trace), _cause(trace, verdict)]
 
 
 def badge(verdict: Verdict | None, comparison: Comparison | None = None) -> Badge:
     """How far the run went: a ranking alone is an estimate."""
     if verdict is None and comparison is not None:
-        return "cannot tell" if comparison.recommended is None else "measured by retraining"
+        if comparison.recommended is None:
+            return "cannot tell"
+        return "too few to decide" if comparison.few else "measured by retraining"
     if verdict is None:
         return "estimated"
     return "verified by retraining" if verdict.holds else "not confirmed"
@@ -100,15 +108,18 @@ def _best(found: Comparison) -> Part:
     question = "Which method to take"
     if found.recommended is None:
         return Part(question, "Cannot tell", "nothing beats a random order", (found.summary,))
-    said = [found.summary]
     if found.few:
-        said.append("There are too few subsets for more than a first look.")
-    return Part(question, found.recommended, "predicts the retrainings best", tuple(said))
+        return Part(question, f"Highest so far: {found.recommended}", "too few subsets to decide", (found.summary,))
+    return Part(question, found.recommended, "predicts the retrainings best", (found.summary,))
 
 
-def _price(found: Comparison) -> Part:
+def _price(found: Comparison, record: RunRecord) -> Part:
     trained = duration(found.retraining_seconds)
     said = [f"The retrainings that tell this took {trained} of computing."]
+    scoring = [record.timings[one.method] for one in found.methods if one.method in record.timings]
+    if len(scoring) == len(found.methods):
+        tried = ", with every setting that was tried," if any(len(one.curve) > 1 for one in found.methods) else ""
+        said.append(f"Scoring by all {len(scoring)} methods{tried} took {duration(sum(scoring))}.")
     best = next((one for one in found.methods if one.method == found.recommended), None)
     if best is None:
         return Part("What it costs", trained, "of retraining", tuple(said))
@@ -153,7 +164,7 @@ def _found(record: RunRecord, trace: Trace | None) -> Part:
         )
         said = [f"{_capital(main.label)} gave {scored} a score ({cost})."]
         said.append("No planted truth is known here, so a ranking alone stays an estimate.")
-        return Part(question, figure, caption, (*said, *_baseline_sentence(trace, main)))
+        return Part(question, figure, caption, (*said, *_baseline_sentence(trace, main), *trace.notes))
     said = [
         f"{_capital(main.label)} ({cost}) puts a planted document above another one "
         f"{100 * main.auroc.value:.1f} % of the time"
@@ -167,19 +178,40 @@ def _found(record: RunRecord, trace: Trace | None) -> Part:
         question,
         f"{100 * main.auroc.value:.1f} %",
         "of pairs ranked rightly (AUROC)",
-        (*said, *_baseline_sentence(trace, main)),
+        (*said, *_baseline_sentence(trace, main), *trace.notes),
     )
 
 
-def baseline_as_good(trace: Trace) -> MethodResult | None:
-    """The baseline that does at least as well as the main method, if there is one."""
-    main = main_method(trace)
+class Reserve(NamedTuple):
+    """Why the main method's ranking is not to be relied on, as it stands beside the baselines."""
+
+    lead: str
+    rest: str
+
+
+def reserve(trace: Trace) -> Reserve | None:
+    """The ranking is the wrong way round, or a baseline does better or as well; None: neither is known."""
+    main, best = main_method(trace), _best_baseline(trace)
     if main is None:
         return None
-    best = _best_baseline(trace)
-    if best is not None and best.auroc and main.auroc and best.auroc.value >= main.auroc.value:
-        return best
-    return best if main.beats_baselines is False else None
+    better = ""
+    if best is not None and best.auroc and main.auroc and best.auroc.low > main.auroc.high:
+        far = "far" if best.auroc.value - main.auroc.value >= FAR else "clearly"
+        better = f"{best.label} does {far} better ({100 * best.auroc.value:.1f} %)."
+    if main.auroc and main.auroc.high < 0.5:
+        place = "at the bottom" if main.auroc.value < LOW else "below the middle"
+        return Reserve(f"Ranked the wrong way round: the planted documents are {place}.", better)
+    if better:
+        return Reserve(better, "On this run its ranking is the one to read.")
+    if best is None or not _as_good(main, best):
+        return None
+    value = f" ({100 * best.auroc.value:.1f} %)" if best.auroc else ""
+    return Reserve(f"A baseline does as well: {best.label}{value}.", "The ranking says no more than that.")
+
+
+def _as_good(main: MethodResult, best: MethodResult) -> bool:
+    higher = best.auroc is not None and main.auroc is not None and best.auroc.value >= main.auroc.value
+    return higher or main.beats_baselines is False
 
 
 def _best_baseline(trace: Trace) -> MethodResult | None:
@@ -188,12 +220,12 @@ def _best_baseline(trace: Trace) -> MethodResult | None:
 
 
 def _baseline_sentence(trace: Trace, main: MethodResult) -> tuple[str, ...]:
-    best, as_good = _best_baseline(trace), baseline_as_good(trace)
+    best, found = _best_baseline(trace), reserve(trace)
+    beside = () if best is not None else ("No baseline was run beside it.",)
+    if found is not None:
+        return (*(words for words in found if words), *beside)
     if best is None:
-        return ("No baseline was run beside it.",)
-    if as_good is not None:
-        value = f" ({100 * as_good.auroc.value:.1f} %)" if as_good.auroc else ""
-        return (f"A baseline does as well: {as_good.label}{value}. The ranking says no more than that.",)
+        return beside
     if best.auroc is not None and main.auroc is not None:
         return (f"The best baseline, {best.label}, reaches {100 * best.auroc.value:.1f} %.",)
     if main.beats_baselines:

@@ -12,18 +12,18 @@ FREE = 0.1
 
 
 class Advice(NamedTuple):
-    """The method to take (None: cannot tell), cheaper ones that cannot be told from it, and both in words."""
+    """The method to take (None: cannot tell; of few subsets: the highest so far), cheaper ones that cannot be told from it, and both in words."""
 
     recommended: str | None
     as_good: list[str]
     summary: str
 
 
-def advise(methods: Sequence[ComparedMethod], subsets: int, seeds: int) -> Advice:
+def advise(methods: Sequence[ComparedMethod], subsets: int, seeds: int, *, few: bool = False) -> Advice:
     """What to take of ``methods``, which stand by LDS, the highest first, with their margins to the first.
 
     The first one that beats random is taken, and every cheaper one whose margin to it has 0 in its interval is named:
-    baselines before methods, since they cost least.
+    baselines before methods, since they cost least. ``few``: too few subsets to decide, so it is only named.
     """
     able = [one for one in methods if one.beats_random and one.method != "random"]
     if not able:
@@ -38,7 +38,8 @@ def advise(methods: Sequence[ComparedMethod], subsets: int, seeds: int) -> Advic
     best = able[0]
     cheaper = [one for one in methods if one is not best and one.method != "random" and _price(one) < _price(best)]
     as_good = [one for one in cheaper if one.behind_best is not None and one.behind_best.low <= 0]
-    said = f"Take {best.method}: LDS {lds_text(best.lds)}, {cost_text(best)}"
+    lead = f"Too few subsets to decide; highest so far: {best.method}, " if few else f"Take {best.method}: "
+    said = f"{lead}LDS {lds_text(best.lds)}, {cost_text(best)}"
     if best.baseline:
         others = [one for one in methods if not one.baseline]
         said += ". It is a baseline, and no method does better" if others else ""

@@ -34,7 +34,7 @@ from rootward.verification.resampling import RESAMPLES, Rows, correlate
 from rootward.verification.stats import paired_interval
 from rootward.verification.subsets import Retrained, joined, retrain_subsets
 from rootward.verification.tail_patch import TailPatch, tail_patch
-from rootward.verification.words import command_notes, measure_text
+from rootward.verification.words import command_notes, measure_text, opposite_notes
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def compare_scores(
     asked = _asked(plan, results, cache, workers, progress)
     curves, left, patch = asked.curves, asked.left_out, asked.patch
     methods = _methods(plan, results, asked)
-    advice = advise(methods, plan.reported_subsets, len(plan.seeds))
+    advice = advise(methods, plan.reported_subsets, len(plan.seeds), few=results[0].lds.few)
     behaviour, first = plan.behaviour, results[0].lds
     comparison = Comparison(
         behaviour=behaviour.name,
@@ -123,6 +123,8 @@ def compare_scores(
         loo_ceiling=None if asked.loo is None or asked.loo.ceiling is None else asked.loo.ceiling.ceiling,
         patched_documents=plan.patched,
         patched_at_random=None if patch is None else patch.control,
+        patched_optimiser=None if patch is None else patch.optimiser,
+        patched_lr=None if patch is None else patch.lr,
         planted_field=None if plan.planted is None else f"{plan.planted[0]}={plan.planted[1]}",
         plain_pass_seconds=plain,
         retraining_seconds=truth.seconds + sum(more.seconds for more in (left, curves) if more is not None),
@@ -316,5 +318,6 @@ def _notes(plan: ComparisonPlan, methods: Sequence[ComparedMethod], first: LDS) 
     ]
     if edge:
         notes.append(f"The setting chosen is the lowest or highest that was tried: {', '.join(edge)}.")
+    notes.extend(opposite_notes(methods))
     notes.append(f"Each interval is a 95 % one for itself; that the best of {len(methods)} was picked is not in it.")
     return notes

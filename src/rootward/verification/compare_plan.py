@@ -223,13 +223,13 @@ def plan_entries(
     found: list[Entry] = []
     for name in names:
         method, preset = registry.get(name)
-        settings = _settings(method, preset, options.get(name, {}), tune)
+        settings = _settings(name, method, preset, options.get(name, {}), tune)
         found.append(Entry(name, method, settings, name in methods))
     return tuple(found)
 
 
 def _settings(
-    method: Method, preset: Mapping[str, Any], given: Mapping[str, Any], tune: bool
+    name: str, method: Method, preset: Mapping[str, Any], given: Mapping[str, Any], tune: bool
 ) -> dict[str, dict[str, Any]]:
     """Options by setting: a row of scores for each query where the method can, and every value to choose from.
 
@@ -238,13 +238,13 @@ def _settings(
     fields, options = method.config.model_fields, {**preset, **given}
     if "queries" in fields and "queries" not in options and fields["queries"].default == "mean":
         options["queries"] = "each"
-    config, tuned = method.configure(options), method.config.TUNED
+    config, tuned = method.configure(options, name), method.config.TUNED
     if not tune or tuned is None or tuned.option in given:
         return {"": options}
     own = getattr(config, tuned.option)
     values = sorted({*tuned.values, *([float(own)] if isinstance(own, int | float) else [])})
     for value in values:
-        method.configure({**options, tuned.option: value})
+        method.configure({**options, tuned.option: value}, name)
     return {f"{value:g}": {**options, tuned.option: value} for value in values}
 
 

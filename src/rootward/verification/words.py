@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rootward.core.records import Arm, Interval
+from rootward.core.records import Arm, ComparedMethod, Interval
+from rootward.core.registry import Method, MethodConfig
 from rootward.subject.behaviour import Behaviour
 from rootward.subject.subject import Subject
 from rootward.verification.predictions import Prediction, gained
-from rootward.verification.stats import interval
+from rootward.verification.stats import interval, spearman
+
+OPPOSITE = -0.5
+"""At most this correlation over methods, and of at least `LEAST_ORDERED` methods, is called the opposite order."""
+LEAST_ORDERED = 4
 
 
 def measure_text(measure: str, probes: Behaviour) -> str:
@@ -109,3 +114,42 @@ def arm_notes(arms: Sequence[Arm], full: Sequence[float], prediction: Prediction
     if any(value <= 0 for value in full):
         notes.append("The full set's value is not above 0 for every seed, so no share of it can be said to have gone.")
     return notes
+
+
+def final_weights_notes(subject: Subject, chosen: Mapping[str, tuple[Method, MethodConfig]]) -> list[str]:
+    """That the main method took gradients at the final weights only, where the training kept checkpoints.
+
+    Args:
+        subject: knows its checkpoints.
+        chosen: the methods asked for with their configs, the main one first.
+    """
+    kept = len(subject.checkpoints)
+    main, *others = chosen
+    if not kept or "gradients" not in chosen[main][0].card.needs or _during_training(*chosen[main]):
+        return []
+    during = [name for name in others if _during_training(*chosen[name])]
+    beside = f"{' or '.join(during)} beside it" if during else "--method tracin_cp or ekfac_checkpoints"
+    return [
+        f"{main} looks at the final weights only, and {kept} checkpoint{'s were' if kept > 1 else ' was'} kept: what a "
+        f"document taught is often learnt by the end, and then hardly shows there; compare with {beside}."
+    ]
+
+
+def _during_training(method: Method, config: MethodConfig) -> bool:
+    """Whether it looks at other weights than the final ones."""
+    default = "all" if "training" in method.card.needs else "final"
+    return getattr(config, "checkpoints", default) != "final"
+
+
+def opposite_notes(methods: Sequence[ComparedMethod]) -> list[str]:
+    """That LDS and tail patch order the methods oppositely, where they do, and which one the recommendation is by."""
+    both = [(one.lds.value, one.tail_patch_beyond_random.value) for one in methods if one.tail_patch_beyond_random]
+    if len(both) < LEAST_ORDERED:
+        return []
+    found = spearman(*zip(*both, strict=True))
+    if not found <= OPPOSITE:
+        return []
+    return [
+        f"LDS and single steps (tail patch) order the methods oppositely (Spearman \u2212{-found:.2f} over {len(both)}): "
+        "what a document did in training is not what a step on it does to the final model. The recommendation is by LDS."
+    ]

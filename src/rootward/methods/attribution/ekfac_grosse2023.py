@@ -99,7 +99,11 @@ class Config(FitOptions):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.joint and (self.damping_scope != "whole" or self.curvature != "ekfac"):
-            raise ValueError("joint: expected curvature = 'ekfac' and damping_scope = 'whole'")
+            raise ValueError(
+                f"joint: expected curvature = 'ekfac' and damping_scope = 'whole', got joint = {self.joint} with "
+                f"curvature = {self.curvature!r} and damping_scope = {self.damping_scope!r}; use the preset "
+                "ekfac_joint, or damping_scope = 'whole' with curvature = 'ekfac'"
+            )
         idle = sorted(n for n in self.model_fields_set if n.startswith("fit_") or (n == "folder" and self.folder))
         if self.curvature == "adam" and idle:
             raise ValueError(f"curvature = 'adam' is not fitted, so {', '.join(idle)} has no meaning; leave it out")

@@ -53,9 +53,11 @@ function ldsStrip(m, scale) {
   return svg;
 }
 
+const takenWord = () => (COMPARISON.few ? 'highest so far' : 'to take');
 function ldsChart(methods) {
   const scale = ldsScale(methods);
   const taken = COMPARISON.recommended;
+  const word = takenWord();
   const rows = methods.map((m) =>
     el(
       'div',
@@ -67,7 +69,7 @@ function ldsChart(methods) {
         el(
           'span',
           { class: 'arm-kind' },
-          [m.method === taken && 'to take', m.baseline && 'baseline', known(m.cost.ratio) && `${number(m.cost.ratio, 2)} passes`]
+          [m.method === taken && word, m.baseline && 'baseline', known(m.cost.ratio) && `${number(m.cost.ratio, 2)} passes`]
             .filter(Boolean)
             .join(' · '),
         ),
@@ -152,7 +154,7 @@ function ldsTable(methods) {
         m.method,
         ' ',
         m.method === COMPARISON.recommended
-          ? el('span', { class: 'tag tag-main' }, 'to take')
+          ? el('span', { class: 'tag tag-main' }, takenWord())
           : COMPARISON.as_good.includes(m.method)
             ? el('span', { class: 'tag' }, 'not told from it, cheaper')
             : null,
@@ -304,7 +306,7 @@ function singleTable(methods) {
       ),
     known(patched) &&
       words(
-        `One step: mean change of the measurement towards its goal after a single training step on one of a query’s top ${grouped(patched)} documents (tail patch); for random, on one of as many random documents. It says what a document does now, not what it did in training.`,
+        `One step: mean change of the measurement towards its goal after a single training step on one of a query’s top ${grouped(patched)} documents (tail patch); for random, on one of as many random documents. ${known(COMPARISON.patched_lr) ? `The step is ${COMPARISON.patched_optimiser}’s, with learning rate ${number(COMPARISON.patched_lr)}, from the final model. ` : ''}It says what a document does now, not what it did in training.`,
       ),
   ];
 }

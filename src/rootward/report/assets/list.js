@@ -259,6 +259,13 @@ function controls() {
     ),
   ];
 }
+// Why a method has no scores for single queries here.
+function meanOnly(method) {
+  if (DATA.queries_kept !== 'all')
+    return 'To keep the page small, this method’s scores for single queries are not on it; scores.parquet holds those there are.';
+  if (LABELS.get(method)?.baseline) return 'This baseline gives one ranking for all queries.';
+  return 'This method scored the mean of the queries (option queries = "each": scores for each one).';
+}
 function syncControls() {
   for (const button of document.querySelectorAll('[data-view]'))
     button.setAttribute('aria-pressed', String(button.dataset.view === state.view));
@@ -275,7 +282,11 @@ function syncControls() {
   for (const select of document.querySelectorAll('[data-facet]'))
     select.value = state.filters[select.dataset.facet] || '';
   const query = byId('query');
-  if (query) query.disabled = !DATA.queries[state.method];
+  if (!query) return;
+  query.disabled = !DATA.queries[state.method];
+  // on the label too: not every browser shows the title of a control that is disabled
+  query.title = query.disabled ? meanOnly(state.method) : '';
+  query.closest('label').title = query.title;
 }
 
 // --- CSV: a cell that a spreadsheet would run as a formula gets an apostrophe ---

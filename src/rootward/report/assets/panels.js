@@ -27,14 +27,10 @@ function aurocBar(auroc) {
 }
 
 function methodSentence(main) {
-  const twin = DATA.baseline_as_good && LABELS.get(DATA.baseline_as_good);
-  if (twin)
-    return el(
-      'p',
-      { class: 'notice notice-strong' },
-      el('strong', {}, 'A baseline does as well. '),
-      `${twin.label} finds the documents at least as well as ${main.label}. On this run the cheaper one is enough, and the scores say no more than it does.`,
-    );
+  if (DATA.reserve) {
+    const [lead, rest] = DATA.reserve;
+    return el('p', { class: 'notice notice-strong' }, el('strong', {}, lead), ` ${rest}`);
+  }
   if (!TRACE.methods.some((m) => m.baseline))
     return el(
       'p',
@@ -48,6 +44,24 @@ function methodSentence(main) {
     'p',
     { class: 'lead' },
     'No planted truth is known here, so methods can be compared with one another but not with the truth.',
+  );
+}
+
+// A method's notes stay folded under its row, so that a row is one line tall.
+function noteRow(m, columns) {
+  return el(
+    'tr',
+    { class: 'note-row' },
+    el(
+      'td',
+      { colspan: columns },
+      el(
+        'details',
+        {},
+        el('summary', {}, plural(m.notes.length, 'note'), hidden(` on ${m.label}`)),
+        el('ul', {}, ...m.notes.map((note) => el('li', {}, note))),
+      ),
+    ),
   );
 }
 
@@ -68,10 +82,10 @@ function drawMethods() {
     'Times one plain pass',
     'Unit',
   ].filter(Boolean);
-  const rows = order.map((m) =>
+  const rows = order.flatMap((m) => [
     el(
       'tr',
-      { class: m === main ? 'here' : null },
+      { class: [m === main && 'here', m.notes.length && 'has-notes'].filter(Boolean).join(' ') || null },
       el(
         'th',
         { scope: 'row' },
@@ -82,7 +96,6 @@ function drawMethods() {
           : m.baseline
             ? el('span', { class: 'tag' }, 'baseline')
             : null,
-        ...m.notes.map((note) => el('span', { class: 'row-note' }, note)),
       ),
       truth && el('td', {}, aurocBar(m.auroc)),
       truth && el('td', { class: 'num' }, known(m.precision_at_planted) ? percent(m.precision_at_planted, 0) : '–'),
@@ -96,7 +109,8 @@ function drawMethods() {
       el('td', { class: 'num' }, known(m.cost.ratio) ? `${number(m.cost.ratio)}×` : '–'),
       el('td', { class: 'dim unit' }, m.unit),
     ),
-  );
+    m.notes.length > 0 && noteRow(m, heads.length),
+  ]);
   show(
     'methods',
     methodSentence(main),

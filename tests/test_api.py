@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rootward.api import BASELINES, attribute, trace
 from rootward.capture.inputs import MethodInputs, plain_pass_seconds, tracked_of
 from rootward.capture.store import GradientStore, build_store
 from rootward.core.errors import ArtefactError, InputError
+from rootward.core.memory import forget_peak, highest_memory_mb, peak_memory_mb
 from rootward.core.records import MethodResult, RunRecord, Trace, read_model
 from rootward.core.runfolder import open_run
 from rootward.subject.behaviour import Behaviour
@@ -66,6 +68,7 @@ def test_every_public_name_resolves_and_importing_loads_nothing_heavy():
     code = """
 import sys, rootward
 assert not {"torch", "numpy", "transformers"} & set(sys.modules), "import rootward is not light"
+assert set(rootward.__all__) <= set(dir(rootward)) and "TYPE_CHECKING" not in dir(rootward)
 for name in rootward.__all__:
     found = getattr(rootward, name)
     assert found.__doc__, name
@@ -190,6 +193,30 @@ def test_the_run_folder_is_whole(whole: Any):
         mean = {row["id"]: row["score"] for row in table if row["method"] == name and row["query"] == -1}
         assert mean == {i: pytest.approx(v) for i, v in zip(found.document_ids, found.mean.tolist(), strict=True)}
     assert {row["query"] for row in table if row["method"] == "gradient_dot"} == {-1, 0, 1, 2}
+
+
+def test_a_method_s_peak_memory_is_its_own_and_not_that_of_those_before_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if not forget_peak():
+        pytest.skip("this system cannot reset the peak")
+
+    def hungry(subject: Subject, behaviour: Behaviour, name: str, **options: Any) -> Any:
+        found = attribute(subject, behaviour, name, **options)
+        if name != "gradient_dot":
+            return found
+        held = np.ones(20_000_000)  # 160 MB, given back at the end
+        cost = found.cost.model_copy(update={"peak_memory_mb": peak_memory_mb()})
+        del held
+        return replace(found, cost=cost)
+
+    monkeypatch.setattr("rootward.api.attribute", hungry)
+    with open_(tmp_path) as run:
+        record, _ = trace(world.subject(ROWS), contrast(), run, methods=["gradient_dot"], measure_plain=False)
+    peaks = {result.method: result.cost.peak_memory_mb or 0.0 for result in record.methods}
+    first = peaks.pop("gradient_dot")
+    assert max(peaks.values()) < first - 100
+    assert highest_memory_mb() > first - 10  # of the run; the system counts to a few pages
 
 
 def test_token_scores_of_both_ends_sum_to_the_scores(whole: Any):

@@ -184,6 +184,7 @@ def test_leave_one_out_and_single_steps_are_those_of_the_closed_form(line: Subje
     weight = next(line.model.parameters()).detach().double().numpy().reshape(-1)
     steps = -convex.RECIPE.lr * points @ ((x @ weight - y)[:, None] * x).T
     assert found.patched_documents == 3 and found.patched_at_random is not None
+    assert (found.patched_optimiser, found.patched_lr) == (convex.RECIPE.optimiser, convex.RECIPE.lr)
     for one in found.methods:
         table = np.broadcast_to(scores[one.method].values.astype(np.float64), (convex.QUERIES, convex.N))
         naive = [

@@ -13,7 +13,7 @@ from rootward.capture import fit as fits
 from rootward.capture.curvatures import FitOptions, curvature_key, fitted, joined, kept_in
 from rootward.capture.fit import FitConfig
 from rootward.capture.inputs import MethodInputs
-from rootward.core.errors import ArtefactError
+from rootward.core.errors import ArtefactError, InputError
 from rootward.curvature.base import Damping
 from tests.methods.attribution.supervised import classifier, outputs, randn
 
@@ -44,6 +44,15 @@ def test_checkpoints_have_folders_below():
     assert kept_in(None, 2) is None
     assert kept_in("kept", None) == Path("kept")
     assert kept_in("kept", 0) == Path("kept/checkpoint-0")
+
+
+@pytest.mark.parametrize("below", ["", "checkpoint-0"])
+def test_a_file_in_the_folder_s_place_is_refused_before_any_pass(tmp_path: Path, below: str):
+    log, file = Log(), tmp_path / "docs.jsonl"
+    file.write_text("{}")
+    with pytest.raises(InputError, match=r"folder: expected a folder, got a file .*docs\.jsonl"):
+        fitted(inputs_of(log=log), FitConfig(), Damping(0.1), file / below)
+    assert log.passes == [] and file.read_text() == "{}"
 
 
 def test_dampings_share_a_fit():
@@ -121,7 +130,7 @@ def test_sampled_labels_have_an_agreement_of_their_own():
     one, many = record(labels="sampled"), record(labels="sampled", draws=16)
     assert one.label_agreement is not None and many.label_agreement is not None
     assert 0.3 < one.label_agreement < many.label_agreement < 1
-    assert f"two label seeds correlate at {one.label_agreement:.3f} on 32 documents" in one.note
+    assert f"two seeds' correlate at {one.label_agreement:.3f} on 32 documents; raise fit_draws" in one.note
     for labels in ("data", "exact"):
         assert record(labels=labels).label_agreement is None
     assert record(labels="sampled", documents=70).label_agreement == one.label_agreement  # the same 32 documents
@@ -132,7 +141,16 @@ def test_a_note_says_what_was_not_reached():
     reached, not_reached = (fitted(inputs_of(), FitConfig(agreement=a), Damping()).record for a in (0.5, 0.99999))
     assert "below the" not in reached.note
     assert not_reached.documents == not_reached.total_documents == 90
-    assert "below the 0.99999 asked for" in not_reached.note
+    assert "below the 0.99999 asked for; these are as many documents as there are" in not_reached.note
+    part = not_reached.model_copy(update={"documents": 80, "covariance_documents": 70})
+    assert "asked for; raise fit_documents and fit_covariance_documents" in part.note
+
+
+def test_a_note_counts_the_documents_whose_labels_were_drawn_twice():
+    record = fitted(inputs_of(), FitConfig(labels="sampled", documents=7), Damping()).record
+    assert record.label_agreement is not None
+    assert f"{record.label_agreement:.3f} on 4 documents" in record.note  # every second one of 7
+    assert "on 1 document;" in record.model_copy(update={"documents": 1}).note
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

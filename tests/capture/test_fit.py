@@ -164,7 +164,7 @@ def test_documents_are_added_until_the_halves_agree():
     assert (numbers[0], numbers[-1]) == (64, 400)
     assert 64 < numbers[2] < 400
     assert all(record.half_agreement is not None and record.agreement is not None for record in used.values())
-    assert "correlate at" in used[0.98].note
+    assert "Estimated correlation" in used[0.98].note
     few = fit(model, examples[:7], agreement=0.99999).record
     assert (few.documents, few.total_documents, few.covariance_documents) == (7, 7, 7)
 
@@ -367,7 +367,7 @@ def test_layers_without_a_gradient_are_reported_and_score_nothing(kind: str):
     found = fit(Lazy().double(), points(12), kind=kind)
     dead = ("unused.weight", "ignored.weight", "starved.weight")
     assert found.record.dead == found.curvature.dead == dead
-    assert "no curvature in 3 parameters, first unused.weight" in found.record.note
+    assert "No curvature in 3 parameters, first unused.weight" in found.record.note
     layout = found.curvature.layout
     values = found.curvature.apply(layout.unflatten(randn(2, layout.size)))
     for name, value in values.items():

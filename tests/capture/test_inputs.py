@@ -134,3 +134,13 @@ def test_rates_of_checkpoints():
     there.checkpoints = ()
     with pytest.raises(InputError, match="x: the subject has none"):
         inputs.checkpoint_rates("x")
+
+
+def test_one_document_is_not_ranked():
+    for rows, said in ((ROWS[:1], True), (ROWS[:2], False), ([ROWS[0], ROWS[0]], True)):
+        subject = Subject(fresh(), rows, Regression())
+        found = MethodInputs(subject, Behaviour.loss("q", ROWS[:1])).scored(
+            CARD, torch.zeros(1, len(rows)), notes=("a",)
+        )
+        assert ("one document: there is nothing to rank" in found.notes) == said
+        assert found.notes[0] == "a"

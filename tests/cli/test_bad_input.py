@@ -145,7 +145,7 @@ def test_parameters_that_match_nothing(world: World, tmp_path: Path):
 
 def test_unknown_options_and_methods(world: World, tmp_path: Path):
     out = tmp_path / "o"
-    assert_short(rootward(*world.trace(out), "--method", "gradient_dott"), 2, "gradient_dott", "bm25")
+    assert_short(rootward(*world.trace(out), "--method", "gradient_dott"), 2, "did you mean 'gradient_dot'")
     assert_short(rootward(*world.trace(out), "--option", "bm25.k=1"), 2, "bm25.k", "did you mean 'k1'")
     assert_short(rootward(*world.trace(out), "--option", "gradient_dot.queries=each!"), 2, "queries", "each")
     assert_short(rootward(*world.trace(out), "--option", "tracin_cp.queries=mean"), 2, "tracin_cp", "not run")

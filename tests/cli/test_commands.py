@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rootward.core import registry
 from tests.cli.conftest import World, assert_short, done, rootward, shards
 from tests.cli.world import write_jsonl
 
@@ -68,12 +69,17 @@ def test_trace_writes_a_run_and_its_page(world: World):
     trace = json.loads((world.traced / "trace.json").read_text())
     assert [m["method"] for m in trace["methods"]][:3] == ["gradient_dot", "gradient_cosine", "bm25"]
     assert trace["planted_field"] == "planted=True"
+    assert record["cost"]["peak_memory_mb"] >= max(m["cost"]["peak_memory_mb"] for m in trace["methods"]) - 10
 
 
 def test_trace_shown_again_is_not_computed_again(world: World):
     before = (world.traced / "scores.parquet").stat().st_mtime_ns
     result = done("trace", "--config", world.traced / "run.toml", "--top", "2")
     assert "already" in result.err
+    assert result.out.count("2 checkpoints were kept") == 1  # the default method looks at the final weights
+    assert "--method tracin_cp or ekfac_checkpoints" in result.out
+    page = (world.traced / "report.html").read_text(encoding="utf-8").split("<script")[0]
+    assert page.count("2 checkpoints were kept") == 1
     assert "documents.jsonl:" in result.out
     assert "report.html" in result.out
     assert (world.traced / "scores.parquet").stat().st_mtime_ns == before
@@ -204,7 +210,29 @@ def test_methods_are_listed_and_found():
     ]
     assert "tracin_pruthi2020" in done("methods", "find", "tracin").out
     assert_short(rootward("methods", "find", "perpetual", "motion"), 2, "perpetual motion")
-    assert_short(rootward("methods", "bm25"), 2, "find")
+    assert_short(rootward("methods", "bm25", "ekfac"), 2, "NAME", "find")
+
+
+def test_a_method_is_shown_with_all_its_options_under_every_name():
+    shown = done("methods", "ekfac")
+    assert "2308.03296" in shown.out and "damping_scope" in shown.out and "0.1" in shown.out
+    own, preset = (done("methods", name, "--json").document["method"] for name in ("EKFAC", "ekfac_joint"))
+    assert own["name"] == preset["name"] == "ekfac_grosse2023"
+    method = registry.get("ekfac")[0]
+    assert [option["name"] for option in own["options"]] == list(method.config.model_fields)
+    damping = {"default": 0.1, "expected": "a number of at least 0 or 'recipe'"}
+    for found, value in ((own, 0.1), (preset, 10.0)):
+        option = next(option for option in found["options"] if option["name"] == "damping")
+        assert option == {"name": "damping", **damping, "default": value, "meaning": option["meaning"]}
+        assert option["meaning"] == method.config.model_fields["damping"].description
+    assert_short(rootward("methods", "ekfak"), 2, "did you mean 'ekfac'")
+
+
+def test_quiet_leaves_the_result_and_nothing_else(world: World, tmp_path: Path):
+    for command in (world.train(world.model, "-q"), world.trace(world.traced, "--planted", "planted=true", "-q")):
+        quiet = done(*command)
+        assert quiet.err == "" and quiet.out
+    assert done(*world.train(world.model)).err  # the note that the model is there already
 
 
 def test_doctor_finds_what_is_there_and_what_is_broken(monkeypatch: pytest.MonkeyPatch):

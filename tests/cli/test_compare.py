@@ -42,9 +42,10 @@ def test_it_prints_the_table_and_what_to_take_and_writes_the_page(made: tuple[Pa
     assert found["summary"] in " ".join(lines)
     said = ("FEW: mostly noise", "without its top 6 (nats)", "AUROC of the planted", "LDS by setting", "agreement")
     said += ("4 documents left out", "drawn at random and 2 from both", "of a query's top 2", "less 2 random")
+    said += ("One step: adamw, learning rate 0.005, from the final model.",)
     assert [words for words in said if words not in result.out] == []
     assert "representation_cosine *" in result.out and "logra *" not in result.out
-    assert all(len(line) <= 120 for line in lines if not line.startswith(("Take", "Cannot", "- ")))
+    assert all(len(line) <= 120 for line in lines if not line.startswith(("Too few", "Cannot", "- ")))
     assert "6 queries choose, 6 others are reported" in result.err
     page = (out / "report.html").read_text(encoding="utf-8")
     assert 'id="comparison"' in page and '"comparison":{' in page

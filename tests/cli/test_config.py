@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rootward.cli.config import config_text, nearest, parse_options, resolve, toml_value
+from rootward.cli.config import config_text, parse_options, resolve, toml_value
 from rootward.core.errors import InputError
+from rootward.core.expected import nearest
 from tests.cli.conftest import World, assert_short, done, rootward
 
 TRACE = 'model = "m"\ndocuments = "d.jsonl"\nbehaviour = "q.jsonl"\nout = "runs/x"\n'

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rootward.core.memory import forget_peak, peak_memory_mb
+from rootward.core.memory import forget_peak, highest_memory_mb, peak_memory_mb
 
 
 def test_a_peak_is_seen_and_forgotten():
@@ -16,3 +16,6 @@ def test_a_peak_is_seen_and_forgotten():
     assert peak_memory_mb() > before + 60
     assert forget_peak()
     assert peak_memory_mb() < before + 40
+    assert highest_memory_mb() > before + 60
+    assert forget_peak()
+    assert highest_memory_mb() > before + 60  # a second forgetting does not lose it

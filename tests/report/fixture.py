@@ -371,6 +371,8 @@ def make_comparison(n: int, told: bool) -> Comparison:
         loo_ceiling=around(0.62) if told else None,
         patched_documents=3 if told else None,
         patched_at_random=around(0.004) if told else None,
+        patched_optimiser="adamw" if told else None,
+        patched_lr=0.005 if told else None,
         planted_field="kind=planted",
         plain_pass_seconds=8.0,
         retraining_seconds=3600.0,

@@ -1,5 +1,6 @@
 """The page as Chromium shows it: opened from disk, driven by its own script, never by the network."""
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,8 @@ import subprocess
 from html import unescape
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rootward.report import build
@@ -157,12 +160,45 @@ def test_a_comparison_is_drawn_with_its_chart_and_tables(chromium: str, tmp_path
     assert re.search(r">0.231<span[^>]*> \[0.131 to 0.331\]", section)  # stepped on
     assert "over 7 documents (4 drawn at random, 3 from both ends of the rankings)" in section
     assert "the noise ceiling 0.62" in section
+    assert "The step is adamw’s, with learning rate 0.005, from the final model." in section
+    assert ">to take<" in section and "highest so far" not in section
     assert section.count("<td") > 25 + 5 * 13
     assert "ekfac: 0.41, 0.31 to 0.51" in section  # in words, for those who do not see the chart
     assert "&lt;/script&gt;" in section
     assert "Which method?</a>" in shown
     assert "◆ planted" in shown
     assert "7 documents were left out one by one, the others were not tested alone" in shown
+
+
+def test_a_comparison_of_few_subsets_names_no_method_to_take(chromium: str, tmp_path: Path):
+    folder = make_run(tmp_path / "run", 30, nasty=False, verdict=False, trace=False, compare=True)
+    found = json.loads((folder / "compare.json").read_text())
+    (folder / "compare.json").write_text(json.dumps({**found, "few": True}))
+    shown = dom(chromium, tmp_path / "profile", build(folder))
+    section = shown[shown.index('<section id="comparison"') : shown.index('<section id="documents"')]
+    assert ">highest so far<" in section and "to take<" not in section
+    assert "to take ·" not in section
+
+
+def test_a_picker_that_is_off_says_why_and_a_method_s_notes_are_folded_under_it(chromium: str, tmp_path: Path):
+    folder = make_run(tmp_path / "run", 30, nasty=False, verdict=False)
+    table = pq.read_table(folder / "scores.parquet").to_pylist()
+    left = [row for row in table if row["method"] not in ("ekfac", "document_length") or row["query"] == -1]
+    pq.write_table(pa.Table.from_pylist(left), folder / "scores.parquet")
+    page = build(folder)
+    shown = unescape(dom(chromium, tmp_path / "a", page))
+    why = 'This method scored the mean of the queries (option queries = "each": scores for each one).'
+    assert shown.count(f'title="{why}"') == 2  # the control and its label
+    assert re.search(r'<select id="query"[^>]* disabled', shown)
+    methods = shown[shown.index('<section id="methods"') : shown.index('<section id="record"')]
+    assert methods.count('class="note-row"') == 1  # of the one method that has any
+    assert re.search(r"<td colspan=\"8\"><details><summary>1 note<", methods)
+    assert "<li>damping 0.1 of the mean eigenvalue</li>" in methods
+    other = dom(chromium, tmp_path / "b", page, "#method=document_length")
+    assert 'title="This baseline gives one ranking for all queries."' in other
+    each = dom(chromium, tmp_path / "c", page, "#method=bm25")
+    assert not re.search(r'<select id="query"[^>]* disabled', each)
+    assert "scored the mean" not in each and "one ranking for all" not in each
 
 
 def test_truths_that_were_not_asked_for_have_no_column(chromium: str, tmp_path: Path):

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from rootward.core.errors import ArtefactError
-from rootward.core.records import RunRecord, Trace, Verdict, read_model
+from rootward.core.records import Interval, RunRecord, Trace, Verdict, read_model, write_model
 from rootward.report import build, headline
 from rootward.report.folder import read_folder
 from rootward.report.numbers import duration, mean_interval, number, quantity
 from rootward.report.page import text
 from rootward.report.payload import _half
 from rootward.report.sample import choose, is_planted
+from rootward.report.summary import badge, reserve
 from tests.report.fixture import NASTY, QUERIES, make_run
 
 
@@ -277,11 +278,67 @@ def test_the_story_of_a_verdict_that_holds(run: Path):
 def test_the_story_says_when_it_failed_and_when_a_baseline_does_as_well(tmp_path: Path):
     folder = read_folder(make_run(tmp_path, 60, holds=False, baseline_wins=True))
     said = " ".join(headline(folder.record, folder.trace, folder.verdict))
-    assert "A baseline does as well: BM25 (95.0 %)." in said
+    assert "A baseline does as well: BM25 (95.0 %). The ranking says no more than that." in said
     assert "Not confirmed." in said
     assert "not shown to be the cause" in said
     html = build(folder.path).read_text(encoding="utf-8")
     assert '<span class="badge badge-unconfirmed">not confirmed</span>' in html
+
+
+def ranked(folder: Path, main: tuple[float, float, float], baseline: tuple[float, float, float]) -> Trace:
+    """The run's trace with other AUROCs (value, low, high) of its main method and of BM25; written back."""
+    trace = read_model(Trace, folder / "trace.json")
+    given = {"ekfac": main, "bm25": baseline}
+    methods = [
+        one.model_copy(update={"auroc": Interval(value=v[0], low=v[1], high=v[2], n=9), "beats_baselines": None})
+        if (v := given.get(one.method))
+        else one
+        for one in trace.methods
+    ]
+    changed = trace.model_copy(update={"methods": methods})
+    write_model(folder / "trace.json", changed)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("main", "baseline", "lead", "rest"),
+    [
+        ((0.0, 0.0, 0.02), (1.0, 1.0, 1.0), "Ranked the wrong way round: the planted documents are at the bottom.",
+         "BM25 does far better (100.0 %)."),
+        ((0.4, 0.35, 0.45), (0.56, 0.4, 0.7), "Ranked the wrong way round: the planted documents are below the middle.",
+         ""),
+        ((0.6, 0.5, 0.7), (0.95, 0.9, 1.0), "BM25 does far better (95.0 %).", "On this run its ranking"),
+        ((0.9, 0.89, 0.91), (0.95, 0.94, 0.96), "BM25 does clearly better (95.0 %).", "On this run its ranking"),
+        ((0.9, 0.85, 0.95), (0.92, 0.88, 0.96), "A baseline does as well: BM25 (92.0 %).", "The ranking says no more"),
+    ],
+)  # fmt: skip
+def test_a_baseline_that_does_better_is_said_to_in_the_story_and_in_the_box(
+    tmp_path: Path, main: tuple[float, float, float], baseline: tuple[float, float, float], lead: str, rest: str
+):
+    folder = make_run(tmp_path, 30, verdict=False)
+    trace = ranked(folder, main, baseline)
+    found = reserve(trace)
+    assert found is not None
+    assert (found.lead, found.rest[: len(rest)]) == (lead, rest) and bool(rest) == bool(found.rest)
+    said = " ".join(headline(read_folder(folder).record, trace))
+    assert f"{lead} {found.rest}".strip() in said
+    assert ("as well" in said) == ("as well" in lead)
+    assert Page(build(folder).read_text(encoding="utf-8")).data["reserve"] == [lead, found.rest]
+
+
+def test_nothing_is_held_against_a_method_that_beats_its_baselines(tmp_path: Path):
+    folder = make_run(tmp_path, 30, verdict=False)
+    assert reserve(ranked(folder, (0.9, 0.85, 0.95), (0.7, 0.6, 0.8))) is None
+
+
+def test_a_trace_s_notes_are_in_the_story_once(tmp_path: Path):
+    folder = make_run(tmp_path, 30, verdict=False)
+    note = "4 checkpoints were kept."
+    trace = read_model(Trace, folder / "trace.json").model_copy(update={"notes": [note]})
+    write_model(folder / "trace.json", trace)
+    assert headline(read_folder(folder).record, trace).count(note) == 1
+    static = build(folder).read_text(encoding="utf-8").split("<script")[0]
+    assert static.count(note) == 1
 
 
 def test_without_a_verdict_it_is_an_estimate(tmp_path: Path):
@@ -304,6 +361,29 @@ def test_a_comparison_is_told_and_its_best_method_ranks_first(tmp_path: Path):
     said = " ".join(headline(found.record, found.trace, found.verdict, found.comparison))
     for words in ("64 random subsets of 20 of 40 documents (2 seeds each)", "Take ekfac: LDS 0.41", "took 60 min"):
         assert words in said
+
+
+def test_a_comparison_of_few_subsets_decides_nothing(tmp_path: Path):
+    folder = make_run(tmp_path / "run", 40, verdict=False, trace=False, compare=True)
+    found = json.loads((folder / "compare.json").read_text())
+    (folder / "compare.json").write_text(json.dumps({**found, "few": True}))
+    html = build(folder).read_text(encoding="utf-8").split("<script")[0]
+    assert '<span class="badge badge-unconfirmed">too few to decide</span>' in html
+    assert "Highest so far: ekfac" in html and "predicts the retrainings best" not in html
+    cannot = read_folder(make_run(tmp_path / "cannot", 40, verdict=False, trace=False, compare=False)).comparison
+    assert cannot is not None and cannot.few
+    assert badge(None, cannot) == "cannot tell"
+
+
+def test_the_price_of_a_comparison_holds_the_scoring_where_it_was_recorded(tmp_path: Path):
+    folder = make_run(tmp_path / "run", 40, verdict=False, trace=False, compare=True)
+    found = read_folder(folder)
+    assert found.comparison is not None
+    assert "Scoring" not in " ".join(headline(found.record, comparison=found.comparison))
+    timings = {one.method: 30.0 for one in found.comparison.methods}
+    record = found.record.model_copy(update={"timings": {**timings, "retraining": 3600.0}})
+    said = " ".join(headline(record, comparison=found.comparison))
+    assert "Scoring by all 5 methods, with every setting that was tried, took 2 min." in said  # 150 s
 
 
 def test_a_comparison_that_cannot_tell_says_so(tmp_path: Path):

@@ -70,3 +70,14 @@ def test_large_costs_are_whole_numbers():
 def test_a_cost_without_a_ratio_is_said_in_seconds():
     found = advise([one("ekfac", 0.5, None, None), one("random", 0.0, 0.5, None)], 64, 1)
     assert "in 1 s" in found.summary
+
+
+def test_of_few_subsets_nothing_is_to_be_taken_and_the_highest_is_named():
+    methods = [one("ekfac", 0.5, None, 4.0), one("random", 0.0, 0.5, 0.0)]
+    found = advise(methods, 12, 1, few=True)
+    assert found.recommended == "ekfac"
+    assert found.summary == (
+        "Too few subsets to decide; highest so far: ekfac, LDS 0.50 [0.40, 0.60], for 4 times one plain pass over the "
+        "documents."
+    )
+    assert advise(methods, 64, 1).summary.startswith("Take ekfac: ")

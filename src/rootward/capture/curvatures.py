@@ -96,7 +96,8 @@ def fitted(
         scales: rescale gradients first.
 
     Raises:
-        InputError: the folder is a file. ArtefactError: it holds a curvature of another model, other documents or settings.
+        InputError: the folder is a file.
+        ArtefactError: the folder holds a curvature of another model, other documents or settings.
         NumericalError: a loss or covariance that is not finite.
     """
     if folder is not None:

@@ -118,29 +118,37 @@ class FitRecord(Model):
 
     @property
     def note(self) -> str:
-        """For people."""
+        """For people: what was used, how far the scores depend on it, and what can be done about that."""
         parts = [f"{self.kind} from {self.documents:,} of {self.total_documents:,} documents"]
         if self.covariance_documents:
-            parts.append(f"covariances from {self.covariance_documents:,} ({self.covariance_tokens:,} tokens)")
-        parts.append({"data": "the data's labels", "exact": "every label by its probability"}.get(self.labels, ""))
-        if self.labels == "sampled":
-            parts[-1] = f"labels sampled from the model ({self.draws} a document)"
-        if self.label_agreement is not None:
-            parts[-1] += (
-                f", scores of two label seeds correlate at {self.label_agreement:.3f} on {FIRST // 2} documents"
-            )
+            parts[0] += f", covariances from {self.covariance_documents:,} ({self.covariance_tokens:,} tokens)"
+        labels = {"data": "the data's labels", "exact": "every label by its probability"}
+        parts[0] += ", " + labels.get(self.labels, f"labels sampled from the model ({self.draws} a document)")
         if self.agreement is not None:
-            below = self.asked is not None and self.agreement < self.asked
+            parts.append(f"Estimated correlation with the scores of an endless sample: {self.agreement:.3f}")
+            if self.asked is not None and self.agreement < self.asked:
+                parts[-1] += f", below the {self.asked:g} asked for; {self._remedy}"
+        if self.label_agreement is not None:
+            seen = (min(self.documents, FIRST) + 1) // 2  # the first half's
             parts.append(
-                f"scores should correlate at {self.agreement:.3f} with those of an endless sample"
-                f"{f', below the {self.asked:g} asked for' if below else ''} (eigenvalues of two halves: "
-                f"{self.half_agreement:.3f}; covariances of output gradients are not in it)"
+                f"Single scores depend on the sampled labels: two seeds' correlate at {self.label_agreement:.3f} on "
+                f"{seen} document{'s' if seen > 1 else ''}"
             )
+            if self.label_agreement < (self.asked or 1):
+                parts[-1] += "; raise fit_draws for steadier ones (rankings may gain little)"
         if self.dead:
-            parts.append(f"no curvature in {len(self.dead)} parameters, first {self.dead[0]}")
+            parts.append(f"No curvature in {len(self.dead)} parameters, first {self.dead[0]}")
         if self.jittered:
-            parts.append(f"eigendecomposition only with a jitter: {', '.join(self.jittered)}")
-        return "; ".join(parts)
+            parts.append(f"Eigendecomposition only with a jitter: {', '.join(self.jittered)}")
+        return ". ".join(parts)
+
+    @property
+    def _remedy(self) -> str:
+        """What raises the agreement."""
+        short = ["fit_documents"] if self.documents < self.total_documents else []
+        if 0 < self.covariance_documents < self.total_documents:
+            short.append("fit_covariance_documents")
+        return f"raise {' and '.join(short)}" if short else "these are as many documents as there are"
 
 
 def _last_target(example: Example) -> Example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,9 @@ class MethodInputs:
     fits: dict[str, Any] = field(default_factory=dict[str, Any])
     """Curvatures that were fitted with these inputs, by key (`capture.curvatures`)."""
 
+    others: tuple[Behaviour, ...] = ()
+    """Further behaviours, whose queries' rows stand below those of ``behaviour`` and share its passes; see `apart`."""
+
     @cached_property
     def tracked(self) -> Tracked:
         """The parameters to attribute, measured on a small batch."""
@@ -55,9 +58,43 @@ class MethodInputs:
         return -1.0 if self.behaviour.kind == "loss" else 1.0
 
     @property
+    def behaviours(self) -> tuple[Behaviour, ...]:
+        """All that is asked about."""
+        return (self.behaviour, *self.others)
+
+    @property
     def query_names(self) -> tuple[str, ...]:
-        """Names of the behaviour's queries."""
-        return tuple(q.name for q in self.behaviour.queries)
+        """Names of the queries, behind their behaviour's where there are several."""
+        if not self.others:
+            return tuple(q.name for q in self.behaviour.queries)
+        return tuple(f"{behaviour.name}: {q.name}" for behaviour in self.behaviours for q in behaviour.queries)
+
+    def about(self, *behaviours: Behaviour) -> MethodInputs:
+        """The same with other behaviours; what was fitted and measured is shared."""
+        twin = replace(self, behaviour=behaviours[0], others=behaviours[1:])
+        return self._sharing(twin, self.tracked)
+
+    def reached_by(self, gradients: Mapping[str, Tensor]) -> MethodInputs:
+        """The same with the parameters alone that some query's gradient reaches: above a concept's layer none does."""
+        names = [name for name, value in gradients.items() if bool(value.any())]
+        if not names or len(names) == len(self.tracked.layout.names):
+            return self
+        return self._sharing(replace(self), self.tracked.only(frozenset(names).__contains__))
+
+    @staticmethod
+    def _sharing(twin: MethodInputs, tracked: Tracked) -> MethodInputs:
+        twin.__dict__["tracked"] = tracked  # measured before; a twin would measure it again
+        return twin
+
+    def apart(self, scores: Scores) -> list[Scores]:
+        """The scores of each behaviour, of those of all (`scored`)."""
+        each, start, found = len(scores.values) == len(self.query_names), 0, list[Scores]()
+        for behaviour in self.behaviours:
+            names = tuple(q.name for q in behaviour.queries) if each else ("mean",)
+            rows = scores.values[start : start + len(names)]
+            found.append(replace(scores, values=rows, queries=names, behaviour=behaviour.name, goal=behaviour.goal))
+            start += len(names)
+        return found
 
     def scored(
         self,
@@ -80,10 +117,13 @@ class MethodInputs:
         """
         encoded = self.subject.encoded
         found = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-        each = found.ndim == 2 and len(found) == len(self.behaviour)
+        each = found.ndim == 2 and len(found) == len(self.query_names)
+        means = tuple(behaviour.name for behaviour in self.behaviours) if self.others else ("mean",)
+        if len(set(encoded.ids)) == 1:
+            notes = (*notes, "one document: there is nothing to rank")
         return Scores(
             values=np.atleast_2d(found).astype(np.float32),
-            queries=self.query_names if each else ("mean",),
+            queries=self.query_names if each else means,
             document_ids=encoded.ids,
             rows=encoded.rows,
             method=card.key,
@@ -221,19 +261,21 @@ class MethodInputs:
 
         Asked once, so that everything made of the same inputs (scores, their token scores) goes the same way.
         """
-        return len(self.behaviour) == 1 or self._query_bytes <= 0.5 * free_memory(self.subject.device)
+        return len(self.query_names) == 1 or self._query_bytes <= 0.5 * free_memory(self.subject.device)
 
     @property
     def _query_bytes(self) -> int:
-        return len(self.behaviour) * self.tracked.layout.size * 4
+        return len(self.query_names) * self.tracked.layout.size * 4
 
     @property
     def queries_need(self) -> str:
         """What a gradient for each query takes, in words."""
-        return f"the gradients of {len(self.behaviour)} queries need {self._query_bytes / 1e9:.3g} GB one by one"
+        return f"the gradients of {len(self.query_names)} queries need {self._query_bytes / 1e9:.3g} GB one by one"
 
     def query_gradients(self, layout: ParamLayout, *, mean: bool) -> dict[str, Tensor]:
         """Gradients of the measurement ``[q, *shape]`` for every parameter; ``mean``: of its mean over queries, q = 1.
+
+        Of several behaviours the rows follow one another.
 
         Raises:
             InputError: they would not fit in memory one by one; the message says what would.
@@ -245,6 +287,9 @@ class MethodInputs:
                 "gradient_dot.queries=mean, with the method's own name; options={'queries': 'mean'}), or attribute "
                 "fewer parameters with `parameters`"
             )
+        if self.others:
+            every = [self.about(behaviour).query_gradients(layout, mean=mean) for behaviour in self.behaviours]
+            return {name: torch.cat([found[name] for found in every]) for name in layout.names}
         if self.behaviour.kind == "scalar":
             return self._scalar_gradients(layout, mean=mean)
         parts = self.behaviour.parts(self.subject.objective)

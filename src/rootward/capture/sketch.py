@@ -102,8 +102,8 @@ class Whole:
             if self.kind == "gaussian":
                 matrix = torch.randn(shape, generator=generator, dtype=torch.float32)
             else:
-                matrix = torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).float()
-            found[name] = matrix / math.sqrt(self.dimension)
+                matrix = torch.randint(0, 2, shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1)
+            found[name] = matrix.div_(math.sqrt(self.dimension))
         return found
 
     @cached_property

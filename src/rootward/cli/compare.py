@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,29 +76,36 @@ def _dry_run(settings: CompareSettings, plan: ComparisonPlan, talk: Talk) -> int
 
     found = estimate_comparison(plan, cache=settings.out / "retrain", workers=settings.workers)
     tracked, budget, plain = estimate.measured(plan.subject, settings.token_budget)
-    every = max(1, len(plan.subject.checkpoints) + (plan.subject.base is not None))
-    passes = 0
-    for entry in plan.entries:
-        if "gradients" in entry.method.card.needs:
-            (first, *_) = entry.settings.values()
-            config = entry.method.configure(dict(first))
-            default = "all" if "training" in entry.method.card.needs else "final"
-            passes += len(entry.settings) * (every if getattr(config, "checkpoints", default) == "all" else 1)
+    size, queries = tracked.layout.size, len(plan.behaviour)
+    needs = {
+        entry.name: estimate.of_method(
+            plan.subject,
+            size,
+            queries,
+            entry.method,
+            [entry.method.configure(dict(o)) for o in entry.settings.values()],
+        )
+        for entry in plan.entries
+    }
+    at_most = any(need.at_most for need in needs.values())
     # a step is a pass over one document, and after it all queries are measured
     steps = plan.most_steps * plain * (1 + len(plan.reported)) / len(plan.subject.encoded)
-    scoring = 1.2 * plain * passes + steps
+    scoring = estimate.PASS * plain * sum(need.passes for need in needs.values()) + steps
     weights = estimate.parameter_bytes(plan.subject.model)
     training = weights if by_command(plan.subject) else 6 * weights * found.workers
-    memory = max(training, estimate.pass_memory(plan.subject, budget) + 4 * tracked.layout.size * len(plan.behaviour))
+    own = 4 * size * queries + max(need.memory_bytes for need in needs.values())
+    memory = max(training, estimate.pass_memory(plan.subject, budget) + own)
     details = {
         "methods": len(plan.entries),
+        "gradient passes": math.ceil(sum(need.passes for need in needs.values())),
         "settings tuned over": sum(len(entry.settings) for entry in plan.entries if len(entry.settings) > 1),
         "models": found.jobs,
         "models still to make": found.pending,
         "processes": found.workers,
         **({} if plan.left_out is None else {"documents left out one by one": plan.left_out}),
         **({} if plan.patched is None else {"single steps, at most": plan.most_steps}),
-        "scoring, at least": duration(scoring),
+        "scoring": estimate.said(scoring, at_most),
+        **estimate.method_times(needs, plain),
         "documents a subset": int(plan.subsets.masks[0].sum()),
         "queries reported": len(plan.reported),
     }
@@ -107,7 +115,7 @@ def _dry_run(settings: CompareSettings, plan: ComparisonPlan, talk: Talk) -> int
     seconds = None if found.seconds is None else found.seconds + scoring
     rows = sum(len(entry.settings) for entry in plan.entries) * len(plan.subject.encoded)
     disk = 10_000 * found.jobs + 8 * rows * len(plan.behaviour) + 10**6
-    return estimate.show("compare", estimate.Estimate(seconds, memory, disk, details), settings.out, talk)
+    return estimate.show("compare", estimate.Estimate(seconds, memory, disk, details, at_most), settings.out, talk)
 
 
 def _compute(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,27 @@ from rootward.cli.output import Talk, duration, size
 
 if TYPE_CHECKING:
     from rootward.capture.sites import Tracked
+    from rootward.core.registry import Method, MethodConfig, Need
     from rootward.subject.subject import Subject
 
 FORWARD = 1 / 3
 """A forward pass as a share of forward and backward together."""
+PASS = 1.2
+"""A method's pass over the plain one that is timed."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of work (None: not known), peak bytes of memory beyond the libraries' own, bytes on disk."""
+    """Seconds of work (None: not known), peak bytes of memory beyond the libraries' own, bytes on disk.
+
+    ``at_most``: the seconds hold an upper bound of a part of the work.
+    """
 
     seconds: float | None
     memory_bytes: int
     disk_bytes: int
     details: dict[str, Any]
+    at_most: bool = False
 
 
 def show(command: str, estimate: Estimate, place: Path, talk: Talk) -> int:
@@ -33,7 +41,7 @@ def show(command: str, estimate: Estimate, place: Path, talk: Talk) -> int:
     free = _free_disk(place)
     time = ("time", "unknown", "the retrain command's own")
     if estimate.seconds is not None:
-        time = ("time", f"about {duration(estimate.seconds)}", "from a timed probe")
+        time = ("time", said(estimate.seconds, estimate.at_most), "from a timed probe")
     rows = [
         time,
         ("memory", f"about {size(estimate.memory_bytes)}", "beside the libraries"),
@@ -44,6 +52,11 @@ def show(command: str, estimate: Estimate, place: Path, talk: Talk) -> int:
     talk.say("Nothing was written (--dry-run).")
     talk.result(command, {"dry_run": True, "estimate": {**asdict(estimate), "disk_free_bytes": free}})
     return 0
+
+
+def said(seconds: float, at_most: bool) -> str:
+    """``about 12 s``; ``at most 12 s`` for an upper bound."""
+    return f"{'at most' if at_most else 'about'} {duration(seconds)}"
 
 
 def _free_disk(place: Path) -> int:
@@ -89,22 +102,58 @@ def of_index(subject: Subject, settings: Any) -> Estimate:
     shard = settings.shard_documents or max(256, SHARD_BYTES // max(width * one, 1))
     memory = pass_memory(subject, budget) + 2 * 4 * width * min(shard, count)
     details = {"documents": count, "width": width, "shards": -(-count // shard), "token budget": budget}
-    return Estimate(1.2 * plain, memory, expected_bytes(width, count, settings.dtype), details)
+    return Estimate(PASS * plain, memory, expected_bytes(width, count, settings.dtype), details)
 
 
-def of_trace(subject: Subject, settings: Any, queries: int, checkpoints: Sequence[int], each: bool) -> Estimate:
-    """A gradient pass for each entry of ``checkpoints`` (how often a method runs one); forwards for the baselines.
+def of_method(subject: Subject, parameters: int, queries: int, method: Method, configs: Sequence[MethodConfig]) -> Need:
+    """What a method takes with each of these configs in turn: the passes of all, the memory of the largest."""
+    from rootward.core.registry import Work
+
+    recipe, encoded = subject.recipe, subject.encoded
+    work = Work(
+        documents=len(encoded),
+        tokens=encoded.tokens / len(encoded),
+        queries=queries,
+        parameters=parameters,
+        checkpoints=len(subject.checkpoints),
+        start=subject.base is not None,
+        training=1 if recipe is None else recipe.epochs,
+    )
+    found = [method.needed(config, work) for config in configs]
+    most = max(one.memory_bytes for one in found)
+    return replace(found[0], passes=sum(one.passes for one in found), memory_bytes=most)
+
+
+def method_times(needs: Mapping[str, Need], plain: float) -> dict[str, str]:
+    """A line for each method that reads gradients, where there are several."""
+    found = {f"time of {name}": said(PASS * plain * n.passes, n.at_most) for name, n in needs.items() if n.passes}
+    return found if len(found) > 1 else {}
+
+
+def of_trace(
+    subject: Subject, settings: Any, queries: int, methods: Mapping[str, tuple[Method, MethodConfig]], each: bool
+) -> Estimate:
+    """What the configured methods say that they need; forwards for the baselines.
 
     The forwards: the baselines loss, representation and (where a start is known) loss at the start, and the page's.
     """
     tracked, budget, plain = measured(subject, settings.token_budget)
-    passes = sum(checkpoints)
-    seconds = plain * (1.2 * passes + (3 + (subject.base is not None)) * FORWARD)
-    memory = pass_memory(subject, budget) + 4 * tracked.layout.size * (queries if each else 1)
+    size = tracked.layout.size
+    needs = {name: of_method(subject, size, queries, m, [config]) for name, (m, config) in methods.items()}
+    passes = sum(need.passes for need in needs.values())
+    seconds = plain * (PASS * passes + (3 + (subject.base is not None)) * FORWARD)
+    own = max((need.memory_bytes for need in needs.values()), default=0)
+    memory = pass_memory(subject, budget) + 4 * size * (queries if each else 1) + own
     text = sum(len(document.text) for document in subject.documents)
     disk = 2 * text + 8 * len(subject.encoded) * (queries + 1) * (len(settings.methods) + 4) + 10**6
-    details = {"documents": len(subject.encoded), "queries": queries, "gradient passes": passes, "token budget": budget}
-    return Estimate(seconds, memory, disk, details)
+    details = {
+        "documents": len(subject.encoded),
+        "queries": queries,
+        "gradient passes": math.ceil(passes),
+        "token budget": budget,
+        **method_times(needs, plain),
+    }
+    return Estimate(seconds, memory, disk, details, any(need.at_most for need in needs.values()))
 
 
 def of_training(model: Any, objective: Any, examples: Any, recipe: Any) -> Estimate:

@@ -180,4 +180,6 @@ Heldout = Annotated[
 ReportRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 ReportOut = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Default: RUN/report.html.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look.")]
-Words = Annotated[list[str] | None, typer.Argument(metavar="[NAME | find WORDS]", help="One method with its options, or a search.")]
+Words = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME | find WORDS]", help="One method with its options, or a search.")
+]

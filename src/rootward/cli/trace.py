@@ -15,6 +15,7 @@ from rootward.core.errors import ArtefactError, InputError
 from rootward.core.expected import nearest
 
 if TYPE_CHECKING:
+    from rootward.core.registry import Method, MethodConfig
     from rootward.subject.behaviour import Behaviour
     from rootward.subject.subject import Subject
 
@@ -34,7 +35,7 @@ def run(given: Mapping[str, Any], talk: Talk) -> int:
 
     whole = Behaviour.load(settings.behaviour, name=settings.name, description=settings.description)
     settings, behaviour, held = divide(settings, whole)
-    settings, gradient_passes, each = check_methods(settings, behaviour)
+    settings, configured, each = check_methods(settings, behaviour)
     subject = load_subject(settings, talk, settings.retrain)
     _check_planted(settings, subject)
     if settings.index is not None:
@@ -46,7 +47,7 @@ def run(given: Mapping[str, Any], talk: Talk) -> int:
     elif len(whole) >= ENOUGH_QUERIES:
         talk.note("every query is traced, so `rootward verify` will need others: --probes FILE")
     if given["dry_run"]:
-        need = estimate.of_trace(subject, settings, len(behaviour), gradient_passes(subject), each)
+        need = estimate.of_trace(subject, settings, len(behaviour), configured, each)
         return estimate.show("trace", need, settings.out, talk)
     finished = _compute(settings, subject, behaviour, bool(given["overwrite"]), talk)
     if not finished:
@@ -67,8 +68,13 @@ def divide(settings: TraceSettings, whole: Behaviour) -> tuple[TraceSettings, Be
     return settings, traced, held
 
 
-def check_methods(settings: TraceSettings, behaviour: Behaviour) -> tuple[TraceSettings, Any, bool]:
-    """Unknown methods and options are refused before anything is loaded; with an index, methods that can read it do."""
+def check_methods(
+    settings: TraceSettings, behaviour: Behaviour
+) -> tuple[TraceSettings, dict[str, tuple[Method, MethodConfig]], bool]:
+    """(settings, methods that read gradients with their configs, whether any needs the gradient of each query).
+
+    Unknown methods and options are refused before anything is loaded; with an index, methods that can read it do.
+    """
     from rootward.api import BASELINES
     from rootward.core import registry
 
@@ -80,7 +86,8 @@ def check_methods(settings: TraceSettings, behaviour: Behaviour) -> tuple[TraceS
                 f"methods of this run: {', '.join(names)}"
             )
     options = {name: dict(values) for name, values in settings.options.items()}
-    many, each, reads_index = [], False, False
+    configured: dict[str, tuple[Method, MethodConfig]] = {}
+    each, reads_index = False, False
     for name in names:
         method, preset = registry.get(name)
         known = method.config.model_fields
@@ -96,16 +103,11 @@ def check_methods(settings: TraceSettings, behaviour: Behaviour) -> tuple[TraceS
             options.setdefault(name, {}).setdefault("source", "index")
             reads_index = True
         if "gradients" in method.card.needs:
-            many.append(checkpoints == "all")
+            configured[name] = method, config
             each = each or getattr(config, "queries", "each") != "mean"
     if settings.index is not None and not reads_index:
         raise InputError(f"--index: none of {', '.join(settings.methods)} reads an index; leave it out")
-
-    def passes(subject: Subject) -> list[int]:
-        every = len(subject.checkpoints) + (subject.base is not None)  # all checkpoints, and the start before them
-        return [max(1, every) if all_of_them else 1 for all_of_them in many]
-
-    return settings.model_copy(update={"options": options}), passes, each
+    return settings.model_copy(update={"options": options}), configured, each
 
 
 def check_index(index: Path, subject: Subject) -> None:

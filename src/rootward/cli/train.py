@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rootward.cli import estimate
-from rootward.cli.config import nearest, parse_options, write_config
+from rootward.cli.config import parse_options, write_config
 from rootward.cli.load import print_config, quiet_libraries, settings_of
 from rootward.cli.output import Talk, duration, shown
 from rootward.cli.settings import TrainSettings
 from rootward.core.errors import ArtefactError, InputError
+from rootward.core.expected import nearest
 
 RECIPE_FLAGS = ("epochs", "lr", "batch_size", "seed", "optimiser", "schedule", "checkpoints")
 

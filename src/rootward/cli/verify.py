@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rootward.cli import estimate
-from rootward.cli.config import nearest, resolve, write_config
+from rootward.cli.config import resolve, write_config
 from rootward.cli.guard import DONE, NOT_PASSED
 from rootward.cli.load import load_subject, print_config, settings_of
 from rootward.cli.output import Talk, shown
 from rootward.cli.settings import TraceSettings, VerifySettings
 from rootward.cli.trace import divide, planted_of
 from rootward.core.errors import ArtefactError, InputError
+from rootward.core.expected import nearest
 
 if TYPE_CHECKING:
     from rootward.core.scores import Scores

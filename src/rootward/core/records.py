@@ -69,8 +69,8 @@ class Interval(Model):
 class Cost(Model):
     """What a result cost; ``ratio`` is to one plain forward+backward pass over the same documents, if measured.
 
-    ``peak_memory_mb`` is the whole process's peak: of a method in a trace or a comparison while it ran (on a system that
-    cannot forget a peak, and of any other result: so far).
+    ``peak_memory_mb`` is the whole process's peak: for a method in a trace or a comparison while it ran (where the
+    system can forget a peak), for any other result so far.
     """
 
     seconds: float
@@ -252,8 +252,8 @@ class Comparison(Model):
 
     ``left_out`` are the ids of the documents that were left out one by one, the first ``left_out_at_random`` of them
     drawn at random, the others from both ends of the rankings; ``loo_ceiling`` is the most that scores can reach there.
-    ``patched_documents`` is the number of a query's top documents that one step of ``patched_optimiser`` at the learning
-    rate ``patched_lr`` was taken on, ``patched_at_random`` the mean change after a step on as many random ones.
+    ``patched_documents`` is the number of a query's top documents that one step was taken on, of ``patched_optimiser``
+    at the learning rate ``patched_lr``; ``patched_at_random`` the mean change after a step on as many random ones.
     """
 
     schema_version: int = SCHEMA_VERSION

@@ -68,16 +68,60 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a method would go over: numbers of documents, their mean tokens, queries and attributed parameters.
+
+    ``checkpoints`` are those that training kept, ``start`` is whether its start is known too, ``training`` its length
+    in passes over the documents.
+    """
+
+    documents: int
+    tokens: float
+    queries: int
+    parameters: int
+    checkpoints: int
+    start: bool
+    training: float
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a method takes: forward+backward passes over the documents, bytes beside those that every method needs.
+
+    ``at_most``: the passes are an upper bound, an iteration may end before.
+    """
+
+    passes: float
+    at_most: bool = False
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Method:
     """A registered method: its card, its config class and the function ``run(inputs, config) -> Scores``.
 
-    ``tokens(inputs, config, rows)``, where there is one, gives the token scores ``[t]`` of some documents.
+    ``tokens(inputs, config, rows)``, where there is one, gives the token scores ``[t]`` of some documents, and
+    ``needs(config, work)`` a `Need`.
     """
 
     card: Card
     config: type[MethodConfig]
     run: Callable[..., Any]
     tokens: Callable[..., Any] | None = None
+    needs: Callable[[Any, Work], Need] | None = None
+
+    def needed(self, config: MethodConfig, work: Work) -> Need:
+        """What a run with this config takes, roughly.
+
+        A method that does not say takes one pass where it reads gradients; where it looks at all checkpoints, one for
+        each and for the start.
+        """
+        if self.needs is not None:
+            return self.needs(config, work)
+        if "gradients" not in self.card.needs:
+            return Need(0)
+        looks_at = getattr(config, "checkpoints", "all" if "training" in self.card.needs else "final")
+        return Need(max(1, work.checkpoints + work.start) if looks_at == "all" else 1)
 
     def configure(self, options: Mapping[str, Any], name: str | None = None) -> MethodConfig:
         """Checked config; an `InputError` says what an option takes and what came, under the ``name`` asked for."""
@@ -91,7 +135,10 @@ _registered: dict[str, Method] = {}
 
 
 def register(
-    card: Card, config: type[MethodConfig], tokens: Callable[..., Any] | None = None
+    card: Card,
+    config: type[MethodConfig],
+    tokens: Callable[..., Any] | None = None,
+    needs: Callable[[Any, Work], Need] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator of a method file's one function. A duplicate key or alias, or a card without a paper, is refused."""
 
@@ -112,7 +159,7 @@ def register(
             shared = set(names) & {name.lower() for name in other.card.names}
             if shared and other.run.__module__ != function.__module__:
                 raise InputError(f"method name {sorted(shared)[0]!r} is taken by {other.card.key}")
-        _registered[card.key] = Method(card, config, function, tokens)
+        _registered[card.key] = Method(card, config, function, tokens, needs)
         return function
 
     return add
@@ -192,7 +239,7 @@ def get(name: str) -> tuple[Method, dict[str, Any]]:
 
 
 def _unknown(name: str, known: Iterable[str], more: str = "") -> InputError:
-    near = nearest(name, known, 3)
+    near = nearest(name, known, 3, 0.6)  # of so many names, some are a little like any word
     return InputError(f"method: expected a name from `rootward methods`, got {name!r}{near}{more}")
 
 

@@ -12,7 +12,10 @@ FREE = 0.1
 
 
 class Advice(NamedTuple):
-    """The method to take (None: cannot tell; of few subsets: the highest so far), cheaper ones that cannot be told from it, and both in words."""
+    """The method to take (None: cannot tell), cheaper ones that cannot be told from it, and both in words.
+
+    With few subsets the first is the highest so far and nothing to rely on.
+    """
 
     recommended: str | None
     as_good: list[str]

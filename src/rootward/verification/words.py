@@ -128,7 +128,7 @@ def final_weights_notes(subject: Subject, chosen: Mapping[str, tuple[Method, Met
     if not kept or "gradients" not in chosen[main][0].card.needs or _during_training(*chosen[main]):
         return []
     during = [name for name in others if _during_training(*chosen[name])]
-    beside = f"{' or '.join(during)} beside it" if during else "--method tracin_cp or ekfac_checkpoints"
+    beside = f"{' or '.join(during)}, also in this run" if during else "--method tracin_cp or ekfac_checkpoints"
     return [
         f"{main} looks at the final weights only, and {kept} checkpoint{'s were' if kept > 1 else ' was'} kept: what a "
         f"document taught is often learnt by the end, and then hardly shows there; compare with {beside}."
@@ -147,9 +147,9 @@ def opposite_notes(methods: Sequence[ComparedMethod]) -> list[str]:
     if len(both) < LEAST_ORDERED:
         return []
     found = spearman(*zip(*both, strict=True))
-    if not found <= OPPOSITE:
+    if found is None or found > OPPOSITE:
         return []
     return [
-        f"LDS and single steps (tail patch) order the methods oppositely (Spearman \u2212{-found:.2f} over {len(both)}): "
-        "what a document did in training is not what a step on it does to the final model. The recommendation is by LDS."
+        f"LDS and tail patch order the {len(both)} methods oppositely (Spearman \u2212{-found:.2f}): what a document "
+        "did in training is not what one more step on it does to the final model. The recommendation is by LDS."
     ]

@@ -29,7 +29,7 @@ from torch import Tensor
 from rootward.capture.hvp import CurvatureProducts
 from rootward.capture.inputs import MethodInputs
 from rootward.core.errors import NumericalError
-from rootward.core.registry import Card, MethodConfig, Tuned, register
+from rootward.core.registry import Card, MethodConfig, Need, Tuned, Work, register
 from rootward.core.scores import Scores
 from rootward.curvature.dense import as_named, as_rows
 from rootward.curvature.solvers import Eigenpairs, arnoldi
@@ -106,7 +106,14 @@ def _projected(inputs: MethodInputs, pairs: Eigenpairs, damping: float, query: d
     return as_named(layout, (rows @ pairs.vectors.T * inverse.to(rows)) @ pairs.vectors, query)
 
 
-@register(CARD, Config)
+def needs(config: Config, work: Work) -> Need:
+    """Three passes for an iteration, of which there are no more than parameters, and one for the scores."""
+    steps = min(config.iterations, work.parameters)
+    part = min(1.0, (config.documents or work.documents) / work.documents)
+    return Need(1 + 3 * steps * part, memory_bytes=4 * work.parameters * steps)
+
+
+@register(CARD, Config, needs=needs)
 def run(inputs: MethodInputs, config: Config) -> Scores:
     """Scores of every usable document; one row for the mean of the queries, or one per query."""
     query = inputs.query_gradients(inputs.tracked.layout, mean=config.queries == "mean")

@@ -21,7 +21,9 @@ is a block of its own. Presets: K-FAC eigenvalues, the diagonal Fisher matrix, t
 over documents, are averaged. At the end of training what a document taught has mostly been learnt and its gradient is
 small; before, it is not. (The average over models is TRAK's, Park et al. 2023, arXiv:2303.14186; over the checkpoints
 of one run it needs no other training.) ``ekfac_joint`` keeps the whole second-moment matrix of the largest entries of
-all eigenbases (`curvature.joint`), which EK-FAC takes as uncorrelated; it wants ``damping = "recipe"`` or a tuned one.
+all eigenbases (`curvature.joint`), which EK-FAC takes as uncorrelated; its damping has to be chosen:
+after training by SGD ``damping = "recipe"`` does, after AdamW (what ``rootward train`` uses by default), where the
+recipe says nothing of it, ``rootward compare``, which tunes it.
 
 ``curvature = "adam"`` (``adam_influence``) takes the diagonal from the optimiser instead of a pass: ``G = diag(v)``
 with power -1, where v (``exp_avg_sq``, not corrected for bias) is the last checkpoint's: the estimate of the diagonal
@@ -48,7 +50,7 @@ from rootward.capture.curvatures import FitOptions, fitted, joined, kept_in
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.sinks import LowRank, low_rank
 from rootward.core.errors import InputError
-from rootward.core.registry import Card, Tuned, register
+from rootward.core.registry import Card, Need, Tuned, Work, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import RELATIVE, Curvature, Damping
 from rootward.curvature.kronecker import KroneckerCurvature
@@ -70,6 +72,8 @@ CARD = Card(
         "ekfac_checkpoints": {"checkpoints": "all"},
         "ekfac_joint": {"joint": 1000, "damping": 10.0, "damping_scope": "whole"},
     },
+    notes="ekfac_joint wants its damping chosen: by `rootward compare`, which tunes it, or after training by SGD with "
+    "damping = 'recipe' (`rootward train` uses AdamW by default, after which that is refused)",
 )
 
 
@@ -82,7 +86,8 @@ class Config(FitOptions):
     )
     damping: NonNegativeFloat | Literal["recipe"] = Field(
         default=RELATIVE,
-        description="over the mean eigenvalue of a block; recipe: what training by SGD amounts to (weight decay + 1/t)",
+        description="over the mean eigenvalue of a block; recipe: what training by SGD amounts to (weight decay + "
+        "1/t), refused after AdamW: tune it there with `rootward compare`",
     )
     damping_scope: Literal["block", "whole"] = "block"
     joint: int = Field(default=0, ge=0, description="so many of the largest eigenbasis entries are taken jointly")
@@ -126,8 +131,13 @@ def _fitted(inputs: MethodInputs, config: Config, checkpoint: int | None) -> tup
     if not config.joint:
         return found.curvature, found.record.note
     joint = joined(inputs, fit, found, config.joint, folder)
-    note = f"{found.record.note}; {len(joint.eigenvalues)} entries of the eigenbasis jointly"
-    return joint, "; ".join((note, *joint.notes))
+    taken = len(joint.eigenvalues)
+    note = f"{taken} entries of the eigenbasis jointly"
+    if taken < config.joint:
+        everything = taken == inputs.tracked.layout.size
+        of_what = "all there are" if everything else "a quarter of the gradients there are (documents x labels)"
+        note += f" in place of {config.joint}: {of_what}"
+    return joint, "; ".join((found.record.note, note, *joint.notes))
 
 
 def _optimisers(inputs: MethodInputs, config: Config, checkpoint: int | None) -> tuple[Curvature, str]:
@@ -157,16 +167,27 @@ def _places(inputs: MethodInputs, config: Config) -> list[int | None]:
     return list(range(len(inputs.checkpoint_rates("checkpoints = 'all'"))))
 
 
-def _others(config: Config) -> tuple[float, ...]:
-    """Factors of the damping that the ranking is compared with."""
-    return (0.1, 10.0) if config.sensitivity and config.damping != 0 else ()
+def _others(inputs: MethodInputs, config: Config) -> tuple[float, ...]:
+    """Factors of the damping that the ranking is compared with; several behaviours have no ranking in common."""
+    return (0.1, 10.0) if config.sensitivity and config.damping != 0 and not inputs.others else ()
 
 
-def _queries(inputs: MethodInputs, config: Config, curvature: Curvature) -> dict[str, Tensor]:
-    """Preconditioned queries ``[q, *shape]``, then their mean with each of the other dampings."""
+def _asked(inputs: MethodInputs, config: Config) -> tuple[MethodInputs, dict[str, Tensor]]:
+    """Gradients of the queries ``[q, *shape]``, and inputs of those parameters alone that they reach.
+
+    A curvature that is kept in a folder is for any query, and one of a damping over the whole layout is of all of it.
+    """
     dense = inputs.query_gradients(inputs.tracked.layout, mean=config.queries == "mean")
+    if config.folder is not None or config.damping_scope == "whole" or config.curvature == "adam":
+        return inputs, dense
+    near = inputs.reached_by(dense)
+    return near, {name: dense[name] for name in near.tracked.layout.names}
+
+
+def _queries(inputs: MethodInputs, config: Config, curvature: Curvature, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Preconditioned queries ``[q, *shape]``, then their mean with each of the other dampings."""
     found = curvature.apply(dense)
-    others = _others(config)
+    others = _others(inputs, config)
     if others:
         mean = {name: value.mean(0, keepdim=True) for name, value in dense.items()}
         more = [curvature.apply(mean, -1.0, _damping(inputs, config, factor)) for factor in others]
@@ -185,9 +206,9 @@ def _rank_correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> float
     return float(result.statistic)
 
 
-def _sensitivity(values: Tensor, count: int, config: Config) -> list[str]:
+def _sensitivity(values: Tensor, count: int, inputs: MethodInputs, config: Config) -> list[str]:
     """How well the ranking agrees with those of the other dampings, which stand below the ``count`` queries' rows."""
-    others = _others(config)
+    others = _others(inputs, config)
     if not others or values.shape[1] < 3:
         return []
     mean = values[:count].mean(0).numpy()
@@ -201,12 +222,15 @@ def _sensitivity(values: Tensor, count: int, config: Config) -> list[str]:
 
 def _at(inputs: MethodInputs, config: Config, checkpoint: int | None) -> tuple[Tensor, list[str]]:
     """Scores ``[q, n]`` at the present weights, and what to say of them."""
-    curvature, note = _fitted(inputs, config, checkpoint)
-    queries = _queries(inputs, config, curvature)
-    values = -inputs.products(_reduced(queries, config.rank), inputs.subject.encoded).dots
-    count = len(values) - len(_others(config))
+    near, dense = _asked(inputs, config)
+    curvature, note = _fitted(near, config, checkpoint)
+    queries = _queries(near, config, curvature, dense)
+    values = -near.products(_reduced(queries, config.rank), inputs.subject.encoded).dots
+    count = len(values) - len(_others(inputs, config))
     where = "" if checkpoint is None else f"checkpoint {checkpoint}: "
-    return values[:count], [where + note, *(where + n for n in _sensitivity(values, count, config))]
+    idle = len(inputs.tracked.layout.names) - len(near.tracked.layout.names)
+    notes = [note + (f"; the queries reach none of {idle} other parameters" if idle else "")]
+    return values[:count], [where + n for n in (*notes, *_sensitivity(values, count, inputs, config))]
 
 
 def _spread(values: Tensor) -> Tensor:
@@ -222,13 +246,13 @@ def token_scores(inputs: MethodInputs, config: Config, positions: Sequence[int])
     total: dict[int, np.ndarray] = {}
     for checkpoint in places:
         with inputs.holding(checkpoint):
-            curvature, _ = _fitted(inputs, config, checkpoint)
-            dense = inputs.query_gradients(inputs.tracked.layout, mean=config.queries == "mean")
+            near, dense = _asked(inputs, config)
+            curvature, _ = _fitted(near, config, checkpoint)
             if config.checkpoints == "all":
                 scale = 1 / (_spread(_at(inputs, config, checkpoint)[0]) * len(places))
                 dense = {n: g * scale.to(g).view(-1, *[1] * (g.dim() - 1)) for n, g in dense.items()}
             queries = curvature.apply(dense)
-            sink = inputs.products(_reduced(queries, config.rank), examples, tokens=True)
+            sink = near.products(_reduced(queries, config.rank), examples, tokens=True)
         assert sink.by_token is not None
         for n, position in enumerate(positions):
             value = -sink.by_token[n].mean(0).numpy()
@@ -236,7 +260,14 @@ def token_scores(inputs: MethodInputs, config: Config, positions: Sequence[int])
     return total
 
 
-@register(CARD, Config, tokens=token_scores)
+def needs(config: Config, work: Work) -> Need:
+    """The fit (of many documents it reads a sample) and the pass for the scores, at every checkpoint looked at."""
+    fit = {"ekfac": 2, "kfac": 1, "diagonal": 1, "adam": 0}[config.curvature] + (config.joint > 0)
+    places = max(1, work.checkpoints) if config.checkpoints == "all" else 1
+    return Need((fit + 1) * places, memory_bytes=16 * config.joint**2)
+
+
+@register(CARD, Config, tokens=token_scores, needs=needs)
 def run(inputs: MethodInputs, config: Config) -> Scores:
     """Scores of every usable document; one row for the mean of the queries, or one per query."""
     places = _places(inputs, config)

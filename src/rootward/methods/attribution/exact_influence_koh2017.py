@@ -39,11 +39,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rootward.capture.curvatures import fitted
-from rootward.capture.dense import exact_curvature, gram_curvature, low_rank_curvature
+from rootward.capture.dense import COPIES, exact_curvature, gram_curvature, low_rank_curvature
 from rootward.capture.fit import FitConfig
 from rootward.capture.hvp import CurvatureProducts
 from rootward.capture.inputs import MethodInputs
-from rootward.core.registry import Card, MethodConfig, Tuned, register
+from rootward.core.registry import Card, MethodConfig, Need, Tuned, Work, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import Damping
 from rootward.curvature.solvers import arnoldi, conjugate_gradients, lissa, mean_eigenvalue
@@ -62,6 +62,8 @@ CARD = Card(
 )
 POWER_STEPS = 20
 """Krylov steps that LiSSA's scale is estimated with."""
+TRACE_VECTORS = 10
+"""Random vectors that the mean eigenvalue is estimated with."""
 HEADROOM = 1.5
 """Scale over the largest eigenvalue: matrices of few documents have larger ones."""
 READ_BY = {
@@ -156,8 +158,10 @@ def _iterative(inputs: MethodInputs, config: Config, query: dict[str, Tensor]) -
     products = whole.subset(config.documents, config.seed)
     lam, notes = config.damping, list[str]()
     if config.relative:
-        lam += config.relative * mean_eigenvalue(layout, products, seed=config.seed, like=products.like())
-        notes.append(f"damping {lam:.4g}, with the mean eigenvalue estimated from 10 random vectors")
+        lam += config.relative * mean_eigenvalue(
+            layout, products, probes=TRACE_VECTORS, seed=config.seed, like=products.like()
+        )
+        notes.append(f"damping {lam:.4g}, with the mean eigenvalue estimated from {TRACE_VECTORS} random vectors")
     if config.solver == "cg":
         near = None
         if config.preconditioner == "ekfac":
@@ -196,7 +200,25 @@ def token_scores(inputs: MethodInputs, config: Config, positions: Sequence[int])
     return {position: -found[n][0].numpy() for n, position in enumerate(positions)}
 
 
-@register(CARD, Config, tokens=token_scores)
+def needs(config: Config, work: Work) -> Need:
+    """The products with the curvature, each a forward, a linearisation and a backward, and the pass for the scores."""
+    part = min(1.0, (config.documents or work.documents) / work.documents)
+    if config.solver in ("gram", "low_rank"):
+        return Need(1 + part, memory_bytes=round(8 * work.parameters * part * work.documents))
+    if config.solver == "dense":  # with one target for each document it is as many passes as outputs
+        return Need(1 + 2 * part * work.parameters, at_most=True, memory_bytes=8 * COPIES * work.parameters**2)
+    queries = 1 if config.queries == "mean" else work.queries
+    before = 3 * TRACE_VECTORS if config.relative else 0
+    if config.solver == "cg":
+        fit = 2 if config.preconditioner == "ekfac" else 0
+        steps = min(config.steps, 2 * work.parameters)
+        return Need(1 + fit + part * (before + steps * (2 + queries)), at_most=True)
+    before += 3 * POWER_STEPS if config.scale is None else 0
+    drawn = config.depth * config.repeats * min(1.0, config.batch / work.documents)
+    return Need(1 + part * before + drawn * (2 + queries))
+
+
+@register(CARD, Config, tokens=token_scores, needs=needs)
 def run(inputs: MethodInputs, config: Config) -> Scores:
     """Scores of every usable document; one row for the mean of the queries, or one per query."""
     solved, notes = _solved(inputs, config, mean=config.queries == "mean")

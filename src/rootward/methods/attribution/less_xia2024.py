@@ -40,7 +40,7 @@ from rootward.capture.sinks import BUFFER, BaseSink
 from rootward.capture.sketch import DENSE_ENTRIES, Whole
 from rootward.core.block import Block, Factor, widened
 from rootward.core.errors import InputError
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Need, Work, register
 from rootward.core.scores import Scores
 from rootward.subject.checkpoints import Moments
 from rootward.subject.training import step_divisor
@@ -52,11 +52,18 @@ CARD = Card(
     paper="LESS: Selecting Influential Data for Targeted Instruction Tuning",
     reference="arXiv:2402.04333",
     needs=("gradients", "training"),
-    cost="1 forward+backward per document and checkpoint; every document's gradient is formed, a parameter at a time",
+    cost="1 forward+backward per document and checkpoint; every document's gradient is formed, a parameter at a time, "
+    "and its projection takes time and memory that grow with `dimension`: most of both, for short documents",
     unit="cosine",
     aliases=("less",),
-    notes="needs checkpoints with the optimiser's state (AdamW); meant for adapters, whose gradients are small",
+    notes="needs checkpoints with the optimiser's state (AdamW); meant for adapters, whose gradients are small. "
+    "projection = 'sjlt' costs far less than random signs, and so does 'none', without an error, where a batch's whole "
+    "gradients fit in memory",
 )
+
+
+FORMED = 4
+"""Plain passes that forming every document's gradient and step takes, about."""
 
 
 class Config(MethodConfig):
@@ -135,11 +142,17 @@ class AdamCosines(BaseSink):
         super().end()
 
 
+def _kind(config: Config, parameters: int) -> Literal["rademacher", "sjlt", "none"]:
+    """What "auto" stands for with so many parameters."""
+    if config.projection != "auto":
+        return config.projection
+    kept = parameters * config.dimension <= DENSE_ENTRIES
+    return "none" if parameters <= config.dimension else "rademacher" if kept else "sjlt"
+
+
 def _sketch(inputs: MethodInputs, config: Config) -> Sketch:
-    layout, kind = inputs.tracked.layout, config.projection
-    if kind == "auto":
-        kept = layout.size * config.dimension <= DENSE_ENTRIES
-        kind = "none" if layout.size <= config.dimension else "rademacher" if kept else "sjlt"
+    layout = inputs.tracked.layout
+    kind = _kind(config, layout.size)
     if kind == "none":
         return Projection(layout, None, device=str(inputs.subject.device))
     return Whole(layout, config.dimension, kind, config.seed)
@@ -178,7 +191,19 @@ def _cosines(inputs: MethodInputs, sketch: Sketch, moments: Moments, divisors: S
     return sink.cosines
 
 
-@register(CARD, Config)
+def needs(config: Config, work: Work) -> Need:
+    """At each checkpoint the steps, which are formed, and their projection: 2 P dimension operations for a document.
+
+    A plain pass has about 6 P for each token.
+    """
+    kind = _kind(config, work.parameters)
+    dense = kind == "rademacher"
+    one = FORMED + (config.dimension / (3 * work.tokens) if dense else 0)
+    entry = 4 * config.dimension if dense else 9 if kind == "sjlt" else 0
+    return Need(one * max(1, work.checkpoints), at_most=dense, memory_bytes=entry * work.parameters)
+
+
+@register(CARD, Config, needs=needs)
 def run(inputs: MethodInputs, config: Config) -> Scores:
     """Scores of every usable document, a row for each query."""
     rates = inputs.checkpoint_rates("less: checkpoints", average=True)

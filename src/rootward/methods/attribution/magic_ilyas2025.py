@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from rootward.capture.inputs import START, MethodInputs
 from rootward.core.errors import ArtefactError, InputError
 from rootward.core.layout import ParamLayout
-from rootward.core.registry import Card, MethodConfig, register
+from rootward.core.registry import Card, MethodConfig, Need, Work, register
 from rootward.core.scores import Scores
 from rootward.subject.metagradient import replay
 from rootward.subject.training import trained_parameters
@@ -105,7 +105,13 @@ def _over_copies(inputs: MethodInputs, values: Tensor) -> Tensor:
     return values
 
 
-@register(CARD, Config)
+def needs(config: Config, work: Work) -> Need:
+    """The trainings that the card speaks of."""
+    queries = 1 if config.queries == "mean" else work.queries
+    return Need(work.training * (5 + 2 * (queries - 1)))
+
+
+@register(CARD, Config, needs=needs)
 def run(inputs: MethodInputs, config: Config) -> Scores:
     """Metagradients of every usable document; a row per query, or one for their mean."""
     subject, recipe = inputs.subject, inputs.subject.recipe

@@ -36,7 +36,7 @@ from rootward.capture.curvatures import FitOptions, fitted, kept_in
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.rescaling import Scale, adam_scales, rescaled
 from rootward.core.errors import InputError
-from rootward.core.registry import Card, Tuned, register
+from rootward.core.registry import Card, Need, Tuned, Work, register
 from rootward.core.scores import Scores
 from rootward.curvature.base import DEFAULT
 
@@ -115,7 +115,13 @@ def _scales(inputs: MethodInputs, config: Config, checkpoint: int) -> dict[str, 
     return adam_scales(inputs.tracked.layout, moments)
 
 
-@register(CARD, Config)
+def needs(config: Config, work: Work) -> Need:
+    """At each checkpoint the fit and the pass for the scores."""
+    fit = 2 if config.curvature == "ekfac" else 1
+    return Need((fit + 1) * max(1, work.checkpoints))
+
+
+@register(CARD, Config, needs=needs)
 def run(inputs: MethodInputs, config: Config) -> Scores:
     """Scores of every usable document; one row for the mean of the queries, or one per query."""
     plan, layout = segments(inputs, config), inputs.tracked.layout
@@ -149,4 +155,4 @@ def run(inputs: MethodInputs, config: Config) -> Scores:
             part = -inputs.products(answer, inputs.subject.encoded).dots
         total = part if total is None else total + part
     assert total is not None
-    return inputs.scored(CARD, total, notes=notes)
+    return inputs.scored(CARD, total, notes=notes[::-1])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rootward import report
     from rootward.api import attribute, compare, trace, verify
+    from rootward.capture.several import attribute_many
     from rootward.core.errors import RootwardError
     from rootward.core.scores import Scores
     from rootward.interventions.data import Drop, Keep, Reweight
@@ -24,6 +25,7 @@ __all__ = [
     "Scores",
     "Subject",
     "attribute",
+    "attribute_many",
     "compare",
     "report",
     "trace",
@@ -38,6 +40,7 @@ _WHERE = {
     "Scores": "rootward.core.scores",
     "Subject": "rootward.subject.subject",
     "attribute": "rootward.api",
+    "attribute_many": "rootward.capture.several",
     "compare": "rootward.api",
     "trace": "rootward.api",
     "verify": "rootward.api",

@@ -11,7 +11,7 @@ import pytest
 
 from rootward.core import registry
 from rootward.core.errors import DependencyError, InputError
-from rootward.core.registry import Card, MethodConfig, Tuned, register
+from rootward.core.registry import Card, MethodConfig, Need, Tuned, Work, register
 
 METHOD = """
 from rootward.core.registry import Card, MethodConfig, register
@@ -231,3 +231,25 @@ def test_a_tuned_option_that_the_config_lacks_is_refused(fresh: None):
 
     with pytest.raises(InputError, match="TUNED names 'damping', which is no option"):
         register(card(), Config)(run)
+
+
+def test_a_method_that_does_not_say_takes_a_pass_for_each_checkpoint_it_looks_at(fresh: None):
+    class Config(MethodConfig):
+        checkpoints: str = "final"
+
+    work = Work(documents=10, tokens=5.0, queries=2, parameters=7, checkpoints=3, start=True, training=1)
+
+    def passes(needs: tuple[str, ...], config: type[MethodConfig] = MethodConfig, **options: Any) -> float:
+        method = registry.Method(card(needs=needs), config, lambda inputs, config: None)
+        return method.needed(config(**options), work).passes
+
+    assert passes(("text",)) == 0
+    assert passes(("gradients",)) == 1
+    assert passes(("gradients", "training")) == 4
+    assert passes(("gradients", "training"), Config) == 1
+    assert passes(("gradients",), Config, checkpoints="all") == 4
+
+    @register(card(), MethodConfig, needs=lambda config, work: Need(work.queries, at_most=True, memory_bytes=3))
+    def run(inputs: Any, config: Any) -> None: ...
+
+    assert registry._registered["new"].needed(MethodConfig(), work) == Need(2, True, 3)

@@ -22,7 +22,8 @@ from rootward.subject.plan import Recipe
 from rootward.subject.subject import Subject
 
 N = 12
-RECIPE = Recipe(dtype="float64", optimiser="sgd", lr=1e-2, batch_size=4, epochs=2, checkpoints=3)
+SETTINGS: dict[str, Any] = {"optimiser": "sgd", "lr": 1e-2, "batch_size": 4, "epochs": 2, "checkpoints": 3}
+RECIPE = Recipe(dtype="float64", **SETTINGS)
 WORK = Work(documents=100, tokens=10.0, queries=4, parameters=20_000, checkpoints=3, start=True, training=2)
 
 
@@ -62,7 +63,7 @@ def test_passes_are_those_that_are_run(name: str):
     inputs = MethodInputs(subject(), QUERIES, 500, progress=note)
     attribute(inputs.subject, QUERIES, name, options=fits, inputs=inputs)
     seen.pop("queries", None)
-    work = Work(N, 1.0, 2, 8, 3, start=inputs.subject.base is not None, training=2)
+    work = Work(N, 1.0, 2, 8, 3, start=inputs.subject.has_start, training=2)
     assert seen.total() / N == needed(name, work, **fits).passes
 
 

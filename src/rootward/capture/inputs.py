@@ -90,7 +90,8 @@ class MethodInputs:
         """The scores of each behaviour, of those of all (`scored`)."""
         each, start, found = len(scores.values) == len(self.query_names), 0, list[Scores]()
         for behaviour in self.behaviours:
-            names = tuple(q.name for q in behaviour.queries) if each else ("mean",)
+            each_row = each or len(behaviour) == 1
+            names = tuple(q.name for q in behaviour.queries) if each_row else ("mean",)
             rows = scores.values[start : start + len(names)]
             found.append(replace(scores, values=rows, queries=names, behaviour=behaviour.name, goal=behaviour.goal))
             start += len(names)
@@ -246,8 +247,8 @@ class MethodInputs:
         recipe, time = self.subject.recipe, self.training_time()
         if recipe is None or recipe.optimiser != "sgd" or time <= 0:
             raise InputError(
-                "damping = 'recipe': expected a recipe with optimiser = 'sgd'; give a number, or use source_bae2024, "
-                "which follows AdamW"
+                "damping = 'recipe': expected a recipe with optimiser = 'sgd'; give a number (`rootward compare` tunes "
+                "it), or use source_bae2024, which follows AdamW"
             )
         return (recipe.weight_decay + 1 / time) * self.per_document()
 

@@ -116,7 +116,7 @@ def of_method(subject: Subject, parameters: int, queries: int, method: Method, c
         queries=queries,
         parameters=parameters,
         checkpoints=len(subject.checkpoints),
-        start=subject.base is not None,
+        start=subject.has_start,
         training=1 if recipe is None else recipe.epochs,
     )
     found = [method.needed(config, work) for config in configs]

@@ -45,7 +45,8 @@ class Card:
 
     ``needs`` are among "gradients", "activations", "text", "lengths", "nothing", and "training" where the documents'
     own training run is read: its recipe and start, or its checkpoints with the optimiser's state. ``presets`` are
-    further names that stand for this method with some options set.
+    further names that stand for this method with some options set. ``several``: queries of several behaviours may share
+    its passes, since its values come of their gradients alone.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Card:
     aliases: tuple[str, ...] = ()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     baseline: bool = False
+    several: bool = False
     notes: str = ""
 
     @property

@@ -44,6 +44,7 @@ CARD = Card(
     cost="3 passes per iteration over the documents that the curvature is taken of; 1 forward+backward per document",
     unit="measurement per unit of loss weight",
     aliases=("arnoldi", "arnoldi_influence"),
+    several=True,
 )
 TOLERANCE = 1e-2
 """A Ritz pair with a larger residual, over its eigenvalue, is called unconverged in the notes."""

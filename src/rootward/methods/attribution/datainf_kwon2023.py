@@ -45,6 +45,7 @@ CARD = Card(
     cost="3 forward+backward passes over the documents",
     unit="measurement per unit of loss weight",
     aliases=("datainf",),
+    several=True,
 )
 
 

@@ -74,6 +74,7 @@ CARD = Card(
     },
     notes="ekfac_joint wants its damping chosen: by `rootward compare`, which tunes it, or after training by SGD with "
     "damping = 'recipe' (`rootward train` uses AdamW by default, after which that is refused)",
+    several=True,
 )
 
 

@@ -59,6 +59,7 @@ CARD = Card(
     "low_rank: every document's gradient at once in memory; 1 forward+backward per document for the scores",
     unit="measurement per unit of loss weight",
     aliases=("exact_influence", "influence_function", "if_cg"),
+    several=True,
 )
 POWER_STEPS = 20
 """Krylov steps that LiSSA's scale is estimated with."""

@@ -50,6 +50,7 @@ CARD = Card(
     cost="EK-FAC influence once per checkpoint; needs recipe and checkpoints (AdamW: with the optimiser's state)",
     unit="measurement per unit of loss weight",
     aliases=("source", "approximate_unrolling"),
+    several=True,
 )
 
 

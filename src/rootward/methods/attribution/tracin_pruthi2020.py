@@ -53,6 +53,7 @@ CARD = Card(
         "gradient_dot_at_start": {"checkpoints": "start"},
         "tracin_cp_unit": {"checkpoints": "all", "normalise": "document"},
     },
+    several=True,
 )
 
 

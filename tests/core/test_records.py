@@ -111,4 +111,4 @@ def test_records_come_without_torch():
 
 
 def test_a_costs_memory_says_that_it_is_the_processes():
-    assert "of the process so far" in " ".join((Cost.__doc__ or "").split())
+    assert "the whole process's peak" in " ".join((Cost.__doc__ or "").split())

@@ -121,7 +121,7 @@ def test_the_segment_length_does_not_matter():
     subject = trained()
     for every in (1, 5):
         assert run(subject, every=every).values.tobytes() == run(subject).values.tobytes()
-    with pytest.raises(InputError, match="every: .*greater than or equal to 1"):
+    with pytest.raises(InputError, match="magic: every: expected a whole number of at least 1 .*got 0"):
         run(subject, every=0)
 
 

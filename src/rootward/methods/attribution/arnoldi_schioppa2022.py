@@ -54,7 +54,9 @@ class Config(MethodConfig):
     """Options."""
 
     TUNED: ClassVar = Tuned("damping", (0.0, 0.001, 0.01, 0.1, 1.0, 10.0))
-    curvature: Literal["ggn", "hessian"] = "ggn"
+    curvature: Literal["ggn", "hessian"] = Field(
+        default="ggn", description="ggn: Gauss-Newton, never negative; hessian: as in the paper"
+    )
     iterations: int = Field(default=200, ge=1, description="size of the Krylov space")
     top: int = Field(default=20, ge=1, description="eigenpairs kept, by magnitude")
     damping: float = Field(default=0.0, ge=0, description="added to the magnitude of the kept eigenvalues")
@@ -62,7 +64,7 @@ class Config(MethodConfig):
     queries: Literal["mean", "each"] = Field(
         default="mean", description="one score for the mean of the queries, or a score for each"
     )
-    seed: int = 0
+    seed: int = Field(default=0, description="of the first Krylov vector and of the documents drawn")
 
 
 def _eigenpairs(inputs: MethodInputs, config: Config) -> tuple[Eigenpairs, list[str]]:

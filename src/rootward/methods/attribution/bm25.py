@@ -43,8 +43,8 @@ WORD = re.compile(r"\w+")
 class Config(MethodConfig):
     """The two constants of BM25."""
 
-    k1: float = Field(default=1.5, ge=0)
-    b: float = Field(default=0.75, ge=0, le=1)
+    k1: float = Field(default=1.5, ge=0, description="how soon a word's repetition saturates")
+    b: float = Field(default=0.75, ge=0, le=1, description="how much long documents are marked down, 0 to 1")
 
 
 def words(text: str) -> list[str]:

@@ -51,8 +51,10 @@ class Config(MethodConfig):
 
     TUNED: ClassVar = Tuned("beta", (0.0, 0.1, 0.3, 1.0))
     beta: float = Field(default=1.0, ge=0, description="how much of the influence at the start is taken out")
-    checkpoints: Literal["all", "final"] = "all"
-    normalise: Literal["none", "both"] = "none"
+    checkpoints: Literal["all", "final"] = Field(
+        default="all", description="all: averaged over the checkpoints kept; final: the final weights alone"
+    )
+    normalise: Literal["none", "both"] = Field(default="none", description="both: cosines in place of products")
 
 
 def _influence(inputs: MethodInputs, place: int | None, config: Config) -> Tensor:

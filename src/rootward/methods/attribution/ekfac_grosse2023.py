@@ -90,7 +90,9 @@ class Config(FitOptions):
         description="over the mean eigenvalue of a block; recipe: what training by SGD amounts to (weight decay + "
         "1/t), refused after AdamW: tune it there with `rootward compare`",
     )
-    damping_scope: Literal["block", "whole"] = "block"
+    damping_scope: Literal["block", "whole"] = Field(
+        default="block", description="whose mean eigenvalue: each block its own, or that of the whole layout"
+    )
     joint: int = Field(default=0, ge=0, description="so many of the largest eigenbasis entries are taken jointly")
     queries: Literal["mean", "each"] = Field(
         default="mean", description="one score for the mean of the queries, or a score for each"

@@ -78,8 +78,14 @@ class Config(MethodConfig):
     """Options."""
 
     TUNED: ClassVar = Tuned("damping", (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0))
-    curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
-    solver: Literal["cg", "lissa", "dense", "gram", "low_rank"] = "cg"
+    curvature: Literal["ggn", "hessian", "fisher"] = Field(
+        default="ggn",
+        description="ggn: Gauss-Newton; hessian: of the loss itself; fisher: labels sampled from the model",
+    )
+    solver: Literal["cg", "lissa", "dense", "gram", "low_rank"] = Field(
+        default="cg",
+        description="by products (cg, lissa), whole (dense), by documents (gram), eigenpairs and diagonal (low_rank)",
+    )
     damping: float = Field(default=0.01, ge=0, description="added to every eigenvalue")
     relative: float = Field(default=0.0, ge=0, description="damping over the mean eigenvalue, added to `damping`")
     documents: int | None = Field(default=None, ge=1, description="curvature of so many documents instead of all")
@@ -94,7 +100,7 @@ class Config(MethodConfig):
     queries: Literal["mean", "each"] = Field(
         default="mean", description="one score for the mean of the queries, or a score for each"
     )
-    seed: int = 0
+    seed: int = Field(default=0, description="of all that is drawn")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -56,9 +56,11 @@ class Config(MethodConfig):
     TUNED: ClassVar = Tuned("damping", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0))
     dimension: int = Field(default=256, ge=1, description="dimensions for each parameter")
     blow_up: int = Field(default=4, ge=1, description="entries between mask and hash over the dimensions")
-    mask: Literal["random", "largest"] = "random"
+    mask: Literal["random", "largest"] = Field(
+        default="random", description="random, or the rows and columns with the largest mean squares"
+    )
     damping: float = Field(default=0.1, ge=0, description="over the mean eigenvalue of each parameter's block")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of mask and signs")
 
 
 def _largest(inputs: MethodInputs, masked: Masked) -> dict[str, Sides]:

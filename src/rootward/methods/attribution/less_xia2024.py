@@ -76,7 +76,7 @@ class Config(MethodConfig):
         "kept, else sjlt",
     )
     momentum: bool = Field(default=True, description="whether a document's step has the optimiser's momentum in it")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of the projection")
 
 
 class AdamCosines(BaseSink):

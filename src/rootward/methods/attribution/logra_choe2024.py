@@ -70,13 +70,21 @@ class Config(MethodConfig):
     """Options."""
 
     TUNED: ClassVar = Tuned("damping", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0))
-    init: Literal["pca", "random"] = "pca"
+    init: Literal["pca", "random"] = Field(
+        default="pca", description="pca: the covariances' largest eigenvectors; random: Gaussian sides"
+    )
     rank: int = Field(default=16, ge=1, description="of each side: rank x rank dimensions for each matrix")
-    fisher: Literal["raw", "ekfac"] = "raw"
+    fisher: Literal["raw", "ekfac"] = Field(
+        default="raw", description="raw: of the projected gradients; ekfac: its diagonal in the projected eigenbasis"
+    )
     damping: float = Field(default=0.1, ge=0, description="over the mean eigenvalue of each matrix's block")
-    normalise: Literal["none", "self_influence"] = "none"
-    seed: int = Field(default=0, ge=0)
-    source: Literal["pass", "index"] = "pass"
+    normalise: Literal["none", "self_influence"] = Field(
+        default="none", description="self_influence: divide by its root (RelatIF)"
+    )
+    seed: int = Field(default=0, ge=0, description="of the random sides")
+    source: Literal["pass", "index"] = Field(
+        default="pass", description="pass: over the documents; index: a gradient store"
+    )
 
 
 class _Ekfac:

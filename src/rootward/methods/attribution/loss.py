@@ -11,6 +11,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Literal
 
+from pydantic import Field
+
 from rootward.capture.inputs import MethodInputs
 from rootward.capture.sinks import Losses
 from rootward.core.registry import Card, MethodConfig, register
@@ -33,7 +35,9 @@ CARD = Card(
 class Config(MethodConfig):
     """Under which weights the loss is taken."""
 
-    at: Literal["final", "start"] = "final"
+    at: Literal["final", "start"] = Field(
+        default="final", description="under the final weights, or those training began from"
+    )
 
 
 @register(CARD, Config)

@@ -30,7 +30,7 @@ CARD = Card(
 class Config(MethodConfig):
     """The seed of the draw."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of the order")
 
 
 @register(CARD, Config)

@@ -43,7 +43,7 @@ class Config(MethodConfig):
     module: str | None = Field(default=None, description="the module whose output is taken; default: the last states")
     layer: int | None = Field(default=None, description="in place of module: a block of the model; -1 is the last")
     pooling: Literal["mean", "last"] = Field(default="mean", description="over a text's tokens, or its last token")
-    centre: bool = True
+    centre: bool = Field(default=True, description="take the documents' mean out first")
 
 
 def default_module(model: nn.Module) -> str:

@@ -58,7 +58,7 @@ class Config(FitOptions):
     """Options. What begins with ``fit_`` decides how the factors are made."""
 
     TUNED: ClassVar = Tuned("rate", (0.1, 0.3, 1.0, 3.0, 10.0))
-    curvature: Literal["ekfac", "kfac", "diagonal"] = "ekfac"
+    curvature: Literal["ekfac", "kfac", "diagonal"] = Field(default="ekfac", description="of each segment")
     queries: Literal["mean", "each"] = Field(
         default="mean", description="one score for the mean of the queries, or a score for each"
     )

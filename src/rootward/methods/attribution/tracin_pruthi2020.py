@@ -60,13 +60,20 @@ CARD = Card(
 class Config(MethodConfig):
     """Options; the defaults give the gradient dot product at the final weights."""
 
-    checkpoints: Literal["final", "start", "all"] = "final"
-    normalise: Literal["none", "document", "both"] = "none"
+    checkpoints: Literal["final", "start", "all"] = Field(
+        default="final",
+        description="the final weights, those training began from, or the sum over the checkpoints kept and the start",
+    )
+    normalise: Literal["none", "document", "both"] = Field(
+        default="none", description="document: by the norm of each document's gradient; both: cosines"
+    )
     queries: Literal["auto", "each", "mean"] = Field(
         default="auto", description="a score for each query or for their mean; auto: each where their gradients fit"
     )
     rank: int | None = Field(default=None, ge=1, description="approximate the mean query's matrices to this rank")
-    source: Literal["pass", "index"] = "pass"
+    source: Literal["pass", "index"] = Field(
+        default="pass", description="pass: over the documents; index: a gradient store"
+    )
 
 
 def _weights(inputs: MethodInputs, config: Config) -> list[tuple[int | None, float]]:

@@ -66,7 +66,9 @@ class Config(MethodConfig):
 
     TUNED: ClassVar = Tuned("damping", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0))
     rank: int | None = Field(default=16, ge=1, description="of each side of a matrix; none keeps whole gradients")
-    scaling: Literal["factored", "exact", "none"] = "factored"
+    scaling: Literal["factored", "exact", "none"] = Field(
+        default="factored", description="by second moments: factored into rows and columns, exact, or not at all"
+    )
     moments: Literal["auto", "optimiser", "documents"] = Field(
         default="auto", description="whose second moments; auto: the optimiser's if the last checkpoint has them"
     )
@@ -74,7 +76,7 @@ class Config(MethodConfig):
         default=None, ge=0, le=1, description="lam, the queries' share of R; by default where the spectra meet"
     )
     damping: float = Field(default=0.1, ge=0, description="over the mean eigenvalue of each block of R")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of the random sides")
 
 
 def _second_moments(inputs: MethodInputs, config: Config) -> tuple[dict[str, Tensor], str]:

@@ -61,13 +61,18 @@ class Config(MethodConfig):
     """Options. The authors' kernel is undamped and has far fewer dimensions than there are documents."""
 
     TUNED: ClassVar = Tuned("damping", (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0))
-    projection: Literal["kronecker", "gaussian", "rademacher", "sjlt", "none"] = "kronecker"
+    projection: Literal["kronecker", "gaussian", "rademacher", "sjlt", "none"] = Field(
+        default="kronecker",
+        description="kronecker: each matrix by two sides; others: the whole gradient at once; none: no projection",
+    )
     rank: int = Field(default=16, ge=1, description="kronecker: rank x rank dimensions for each matrix")
     dimension: int = Field(default=1024, ge=1, description="gaussian, rademacher, sjlt: dimensions in all")
     damping: float = Field(default=0.1, ge=0, description="over the mean eigenvalue of the kernel")
-    checkpoints: Literal["final", "all"] = "final"
-    seed: int = Field(default=0, ge=0)
-    source: Literal["pass", "index"] = "pass"
+    checkpoints: Literal["final", "all"] = Field(default="final", description="all: averaged over the checkpoints kept")
+    seed: int = Field(default=0, ge=0, description="of the projection")
+    source: Literal["pass", "index"] = Field(
+        default="pass", description="pass: over the documents; index: a gradient store"
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -5,7 +5,6 @@ The command line calls these and nothing below them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,13 +17,14 @@ import numpy as np
 from rootward.capture.finite import without_not_finite
 from rootward.capture.inputs import MethodInputs, has_text, plain_pass_seconds
 from rootward.capture.losses import token_records, write_documents
+from rootward.capture.several import timed
 from rootward.capture.store import GradientStore
 from rootward.core import registry
 from rootward.core.errors import ArtefactError, DependencyError, InputError, NumericalError
 from rootward.core.hashing import digest, digest_json
-from rootward.core.memory import forget_peak, peak_memory_mb
+from rootward.core.memory import forget_peak
 from rootward.core.progress import Progress, silent
-from rootward.core.records import Comparison, Cost, Interval, MethodResult, Trace, Verdict, write_model
+from rootward.core.records import Comparison, Interval, MethodResult, Trace, Verdict, write_model
 from rootward.core.runfolder import RunFolder, open_run
 from rootward.core.scorefile import read_scores, score_parts, write_scores
 from rootward.core.scores import Scores
@@ -92,10 +92,7 @@ def attribute(
         store = GradientStore(index) if isinstance(index, str | Path) else index
         subject = without_not_finite(subject, token_budget, progress) if skip_not_finite else subject
         inputs = MethodInputs(subject, behaviour, token_budget, store, progress)
-    start = time.perf_counter()
-    scores: Scores = chosen.run(inputs, config)
-    cost = Cost(seconds=time.perf_counter() - start, peak_memory_mb=peak_memory_mb())
-    return replace(scores, cost=cost)
+    return timed(chosen, config, inputs)
 
 
 def trace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rootward.capture.run import run_pass
-from rootward.capture.sinks import Losses, Products
+from rootward.capture.sinks import Losses, gradient_norms
 from rootward.capture.sites import Tracked, track
 from rootward.core.progress import Progress, silent
 from rootward.subject.encode import Example
@@ -47,9 +47,7 @@ def _squares(
     subject: Subject, tracked: Tracked, examples: list[Example], token_budget: int | None, progress: Progress
 ) -> torch.Tensor:
     """Squared norms ``[n]`` over all parameters that have factors at all."""
-    first = next(subject.model.parameters())
-    nothing = {n: torch.zeros(1, *tracked.layout.shape(n), device=first.device) for n in tracked.layout.names}
-    sink = Products(tracked.layout, nothing, len(examples), norms=True)
+    sink = gradient_norms(tracked.layout, len(examples), subject.device)
     run_pass(
         subject.model,
         subject.objective,

@@ -24,7 +24,7 @@ from rootward.capture.moments import WIDEST, CovarianceSums, SecondMoments
 from rootward.capture.precision import native_bfloat16
 from rootward.capture.rescaling import Rescaled, Scale
 from rootward.capture.run import predictions_of, run_pass
-from rootward.capture.sinks import BaseSink, Products
+from rootward.capture.sinks import BaseSink, gradient_norms
 from rootward.capture.sites import Tracked
 from rootward.core.errors import InputError, NumericalError
 from rootward.core.hashing import digest
@@ -352,9 +352,7 @@ class Fit:
         bad = [name for name, value in sums.items() if not bool(torch.isfinite(value).all())]
         if not bad:
             return
-        layout, device = self.tracked.layout, next(self.model.parameters()).device
-        nothing = {name: torch.zeros(1, *layout.shape(name), device=device) for name in layout.names}
-        sink = Products(layout, nothing, len(rows), norms=True)
+        sink = gradient_norms(self.tracked.layout, len(rows), next(self.model.parameters()).device)
         self.feed(rows, [sink], Labels(), "looking for the document")
         assert sink.squared is not None
         require_finite(sink.squared, [self.examples[n] for n in rows], "gradients")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rootward.capture.run import Sink, probe, run_pass
-from rootward.capture.sinks import LowRank, Products, WeightedSum
+from rootward.capture.sinks import LowRank, Products, WeightedSum, gradient_norms
 from rootward.capture.sites import Tracked, track
 from rootward.capture.store import GradientStore
 from rootward.core.errors import ArtefactError, InputError, NumericalError
@@ -207,9 +207,8 @@ class MethodInputs:
         """`NumericalError` where a sum over all documents is not finite; another pass finds the document to name."""
         if all(bool(torch.isfinite(value).all()) for value in sums):
             return
-        layout, examples = self.tracked.layout, self.subject.encoded
-        nothing = {n: torch.zeros(1, *layout.shape(n), device=self.subject.device) for n in layout.names}
-        sink = Products(layout, nothing, len(examples), norms=True)
+        examples = self.subject.encoded
+        sink = gradient_norms(self.tracked.layout, len(examples), self.subject.device)
         self.feed([sink], examples, "looking for the document")
         assert sink.squared is not None
         require_finite(sink.squared, examples, "gradients")

@@ -66,12 +66,14 @@ def attribute_many(
     subject = without_not_finite(subject, token_budget, progress) if skip_not_finite else subject
     inputs = MethodInputs(subject, behaviours[0], token_budget, progress=progress)
     if chosen.card.several:
-        return _timed(chosen, config, inputs.about(*behaviours))
-    return [scores for behaviour in behaviours for scores in _timed(chosen, config, inputs.about(behaviour))]
+        together = inputs.about(*behaviours)
+        return together.apart(timed(chosen, config, together))
+    return [timed(chosen, config, inputs.about(behaviour)) for behaviour in behaviours]
 
 
-def _timed(chosen: registry.Method, config: registry.MethodConfig, inputs: MethodInputs) -> list[Scores]:
+def timed(chosen: registry.Method, config: registry.MethodConfig, inputs: MethodInputs) -> Scores:
+    """A method's scores, with what they cost."""
     start = time.perf_counter()
     scores: Scores = chosen.run(inputs, config)
     cost = Cost(seconds=time.perf_counter() - start, peak_memory_mb=peak_memory_mb())
-    return [replace(found, cost=cost) for found in inputs.apart(scores)]
+    return replace(scores, cost=cost)

@@ -279,6 +279,12 @@ class Products(BaseSink):
             self.by_token.update(other.by_token)
 
 
+def gradient_norms(layout: ParamLayout, documents: int, device: torch.device) -> Products:
+    """A sink of documents' squared gradient norms alone (``squared``): its one query is zero."""
+    nothing = {name: torch.zeros(1, *layout.shape(name), device=device) for name in layout.names}
+    return Products(layout, nothing, documents, norms=True)
+
+
 def _any(query: Tensor | LowRank) -> bool:
     return bool((query.u if isinstance(query, LowRank) else query).any())
 
